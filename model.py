@@ -1,0 +1,886 @@
+"""The Llama family and its low-rank clone, as functions of their weights.
+
+    teacher = load_model("models/Llama-3.2-3B-Instruct")          # a Hugging Face directory -> Llama
+    clone = LowRankClone(teacher, student_hidden_size=1536)        # trains projections and norms only
+    losses = clone(ids, labels)                                    # {"loss", "lm", "kl", "clone", "terms"}
+    student = clone.merge()                                        # an ordinary, smaller Llama
+
+Method: Low-Rank Clone, arXiv 2505.12781. The student has the teacher's layers, heads and FFN width but a
+narrower residual stream, d_S < d_T. With y = x W^T and projections P [d_T, d_S], its weights are W P where a
+weight reads the stream (q, k, v, gate, up, embedding, head) and P^T W where it writes to it (o, down).
+Weights are composed once per step and the student then runs as any model of its size: `block` is the one
+definition of a layer, for the teacher, the composed student, the merged student and cached decoding.
+
+Shapes: B batch, T tokens, D hidden_size, H heads, G key/value heads, F intermediate_size, V vocabulary.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+# Our name of each weight of a layer -> its name in a Hugging Face checkpoint, under "model.layers.{i}."
+LAYER_NAMES = {
+    "input_norm": "input_layernorm.weight",
+    "q": "self_attn.q_proj.weight",
+    "k": "self_attn.k_proj.weight",
+    "v": "self_attn.v_proj.weight",
+    "o": "self_attn.o_proj.weight",
+    "q_bias": "self_attn.q_proj.bias",
+    "k_bias": "self_attn.k_proj.bias",
+    "v_bias": "self_attn.v_proj.bias",
+    "o_bias": "self_attn.o_proj.bias",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    "post_norm": "post_attention_layernorm.weight",
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+}
+MODEL_NAMES = {
+    "embedding": "model.embed_tokens.weight",
+    "norm": "model.norm.weight",
+    "head": "lm_head.weight",
+}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The part of a Hugging Face config.json that decides what a model computes; field names are theirs."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+    max_position_embeddings: int
+    bos_token_id: int | None
+    eos_token_id: int | list | None
+
+    @classmethod
+    def from_hf(cls, hf: dict, where: str = "config.json") -> "ModelConfig":
+        """Reads a config.json as transformers 4 or 5 writes it; ValueError names the field that is not
+        supported.
+        """
+
+        def refuse(field, value, allowed):
+            raise ValueError(f"{where}: {field} is {value!r}; this code supports {allowed}")
+
+        family = hf.get("model_type")
+        if family not in ARCHITECTURES:
+            refuse("model_type", family, " | ".join(ARCHITECTURES))
+        for field in ("num_local_experts", "num_experts", "quantization_config"):
+            if hf.get(field):
+                refuse(field, hf[field], "dense models with unquantised weights only")
+        if hf.get("hidden_act", "silu") not in ("silu", "swish"):
+            refuse("hidden_act", hf["hidden_act"], "silu")
+        if hf.get("mlp_bias"):
+            refuse("mlp_bias", True, "no bias in the FFN")
+        if "sliding_attention" in (hf.get("layer_types") or ()):
+            refuse("layer_types", "sliding_attention", "full attention in every layer")
+        window = hf.get("sliding_window")
+        in_use = hf.get("use_sliding_window", family == "mistral")
+        if in_use and window is not None and window < hf.get("max_position_embeddings", 0):
+            refuse("sliding_window", window, "full attention in every layer (sliding_window null)")
+        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+        theta = rope.pop("rope_theta", None) or hf.get("rope_theta", 10000.0)
+        kind = rope.pop("rope_type", None) or rope.get("type", "default")
+        rope.pop("type", None)
+        if kind not in ("default", "linear", "llama3"):
+            refuse("rope_scaling type", kind, "default | linear | llama3")
+        if (hf.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0) != 1.0:
+            refuse("partial_rotary_factor", hf.get("partial_rotary_factor"), "1.0")
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        ):
+            if not isinstance(hf.get(field), int) or hf[field] < 1:
+                refuse(field, hf.get(field), "a positive integer")
+        heads, biased = hf["num_attention_heads"], bool(hf.get("attention_bias", False))
+        head_dim = hf.get("head_dim") or (128 if family == "qwen3" else hf["hidden_size"] // heads)
+        return cls(
+            model_type=family,
+            **{f: hf[f] for f in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
+            num_attention_heads=heads,
+            num_key_value_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=head_dim,
+            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+            rope_theta=float(theta),
+            rope_scaling=None if kind == "default" else {"rope_type": kind, **rope},
+            tie_word_embeddings=hf.get("tie_word_embeddings", False),
+            qkv_bias=family == "qwen2" or (family != "mistral" and biased),
+            o_bias=family in ("llama", "qwen3") and biased,
+            qk_norm=family == "qwen3",
+            max_position_embeddings=hf.get("max_position_embeddings", 2048),
+            bos_token_id=hf.get("bos_token_id"),
+            eos_token_id=hf.get("eos_token_id"),
+        )
+
+    def to_hf(self, dtype: torch.dtype) -> dict:
+        """A config.json that transformers 4 and 5 both read right."""
+        hf = dataclasses.asdict(self)
+        for field in ("qkv_bias", "o_bias", "qk_norm"):
+            del hf[field]
+        if self.model_type in ("llama", "qwen3"):
+            hf["attention_bias"] = self.o_bias
+        if self.model_type == "llama":
+            hf["mlp_bias"] = False
+        else:
+            hf["sliding_window"] = None
+        if self.model_type.startswith("qwen"):
+            hf["use_sliding_window"] = False
+        hf |= {
+            "architectures": [ARCHITECTURES[self.model_type]],
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+        }
+        return hf | {"torch_dtype": str(dtype).removeprefix("torch.")}
+
+    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{our name: shape} of the weights of one layer, in the order of LAYER_NAMES."""
+        d, f = self.hidden_size, self.intermediate_size
+        heads, groups = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        shapes = {"input_norm": (d,), "q": (heads, d), "k": (groups, d), "v": (groups, d), "o": (d, heads)}
+        if self.qkv_bias:
+            shapes |= {"q_bias": (heads,), "k_bias": (groups,), "v_bias": (groups,)}
+        if self.o_bias:
+            shapes["o_bias"] = (d,)
+        if self.qk_norm:
+            shapes |= {"q_norm": (self.head_dim,), "k_norm": (self.head_dim,)}
+        return shapes | {"post_norm": (d,), "gate": (f, d), "up": (f, d), "down": (d, f)}
+
+    def weight_names(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """{name in the Hugging Face checkpoint: (name in our state_dict, shape)} of a whole model."""
+        d, v = self.hidden_size, self.vocab_size
+        names = {MODEL_NAMES["embedding"]: ("embedding", (v, d)), MODEL_NAMES["norm"]: ("norm", (d,))}
+        if not self.tie_word_embeddings:
+            names[MODEL_NAMES["head"]] = ("head", (v, d))
+        for i in range(self.num_hidden_layers):
+            for name, shape in self.layer_shapes().items():
+                names[f"model.layers.{i}.{LAYER_NAMES[name]}"] = (f"layers.{i}.{name}", shape)
+        return names
+
+
+# ---- one layer, as a function of its weights
+
+
+def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., T, head_dim/2] of rotary positions [..., T], float32; scaling as transformers
+    computes it.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=positions.device).float()
+    frequencies = 1.0 / config.rope_theta ** (exponents / config.head_dim)
+    scaling = config.rope_scaling or {}
+    if scaling.get("rope_type") == "linear":
+        frequencies = frequencies / scaling["factor"]
+    elif scaling.get("rope_type") == "llama3":
+        # Wavelengths beyond the original context are divided by factor, short ones kept, those between
+        # blended.
+        context = scaling["original_max_position_embeddings"]
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = context * frequencies / (2 * math.pi)
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = blend * frequencies + (1 - blend) * frequencies / scaling["factor"]
+    angles = positions[..., None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of x [B, H, T, head_dim] by cos, sin [T, head_dim/2] or [B, 1, T, head_dim/2]."""
+    cos, sin = rope
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension with float32 statistics, in x's dtype."""
+    return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+
+
+def block(x: Tensor, w: dict[str, Tensor], config: ModelConfig, rope, mask=None, cache=None):
+    """One Llama layer. x [B, T, D] -> (x [B, T, D], activations).
+
+    w: the layer's weights by the names of LAYER_NAMES. mask: bool [B, 1, T, L], or None for causal attention.
+    cache: (keys [B, G, L, head_dim], values, start); this call writes positions start .. start + T and
+    attends to all before. activations: q, k, v, gate, up before RoPE and nonlinearity, o and down as added
+    to the stream, attended [B, T, H·head_dim] and ffn [B, T, F] as o and down read them, and attn_in,
+    mlp_in, the normed inputs.
+    """
+    a = {"attn_in": rms_norm(x, w["input_norm"], config.rms_norm_eps)}
+    for name in ("q", "k", "v"):
+        a[name] = F.linear(a["attn_in"], w[name], w.get(f"{name}_bias"))
+    q, k, v = (
+        a[name].unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for name in ("q", "k", "v")
+    )  # [B,H|G,T,D]
+    if config.qk_norm:
+        q, k = rms_norm(q, w["q_norm"], config.rms_norm_eps), rms_norm(k, w["k_norm"], config.rms_norm_eps)
+    q, k = rotate(q, rope), rotate(k, rope)
+    if cache is not None:
+        keys, values, start = cache
+        end = start + q.shape[2]
+        keys[:, :, start:end], values[:, :, start:end] = k, v
+        k, v = keys[:, :, :end], values[:, :, :end]
+    heads = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None and q.shape[2] > 1,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    a["attended"] = heads.transpose(1, 2).flatten(2)  # [B, T, H·head_dim]
+    a["o"] = F.linear(a["attended"], w["o"], w.get("o_bias"))
+    x = x + a["o"]
+    a["mlp_in"] = rms_norm(x, w["post_norm"], config.rms_norm_eps)
+    a["gate"], a["up"] = F.linear(a["mlp_in"], w["gate"]), F.linear(a["mlp_in"], w["up"])
+    a["ffn"] = F.silu(a["gate"]) * a["up"]
+    a["down"] = F.linear(a["ffn"], w["down"])
+    return x + a["down"], a
+
+
+# ---- the loss head
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """lm_weight · CE + kl_weight · T² · KL(teacher ‖ student), without the logits of more than one chunk
+    alive.
+
+    hidden [N, D], head [V, D], labels [N] (-100: no label), teacher_hidden [N, D_T] and teacher_head [V,
+    D_T] or None. Softmax and loss are float32 whatever the dtype of hidden. Gradients of hidden and head are
+    formed in the forward pass, chunk by chunk, so that backward only scales them: O(chunk · V) memory and no
+    logits computed twice. Returns (loss, CE of each token [N], its KL [N], the teacher's CE of each token
+    [N]); only loss is differentiable.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden, head, labels, teacher_hidden, teacher_head, lm_scale, kl_scale, temperature, chunk
+    ):
+        tokens = hidden.shape[0]
+        lm, kl, teacher_lm = hidden.new_zeros((3, tokens), dtype=torch.float32)
+        need_hidden, need_head = ctx.needs_input_grad[:2]
+        hidden_grad = torch.empty_like(hidden) if need_hidden else None
+        head_grad = torch.zeros_like(head, dtype=torch.float32) if need_head else None
+        labelled = labels != -100
+        for start in range(0, tokens, chunk):
+            rows = slice(start, start + chunk)
+            label, valid = labels[rows].clamp(min=0)[:, None], labelled[rows]
+            z = (hidden[rows] @ head.T).float()  # [chunk, V]
+            log_p = z.log_softmax(-1)
+            lm[rows] = torch.where(valid, -log_p.gather(-1, label)[:, 0], 0.0)
+            if teacher_hidden is not None:
+                teacher_z = (teacher_hidden[rows] @ teacher_head.T).float()
+                if temperature != 1.0:
+                    log_s, log_t = (
+                        (z / temperature).log_softmax(-1),
+                        (teacher_z / temperature).log_softmax(-1),
+                    )
+                else:
+                    log_s, log_t = log_p, teacher_z.log_softmax(-1)
+                    teacher_lm[rows] = torch.where(valid, -log_t.gather(-1, label)[:, 0], 0.0)
+                del teacher_z
+                p_t = log_t.exp()
+                kl[rows] = (p_t * log_t.sub_(log_s)).sum(-1)
+            del z
+            if not (need_hidden or need_head):
+                continue
+            grad = log_p.exp()
+            grad.scatter_add_(-1, label, grad.new_full((1, 1), -1.0).expand_as(label))
+            grad *= valid[:, None] * lm_scale
+            if teacher_hidden is not None:
+                # d(T² KL)/dz = T · (softmax(z/T) - softmax(teacher_z/T))
+                grad.add_(log_s.exp().sub_(p_t), alpha=kl_scale * temperature)
+            grad = grad.to(hidden.dtype)
+            if need_hidden:
+                hidden_grad[rows] = grad @ head
+            if need_head:
+                head_grad += grad.T @ hidden[rows]
+        ctx.grads = hidden_grad, head_grad if head_grad is None else head_grad.to(head.dtype)
+        ctx.mark_non_differentiable(lm, kl, teacher_lm)
+        loss = lm_scale * lm.sum() + kl_scale * temperature**2 * kl.sum()
+        return loss, lm, kl, teacher_lm
+
+    @staticmethod
+    def backward(ctx, scale, *_):
+        hidden_grad, head_grad = ctx.grads
+        assert hidden_grad is not None or head_grad is not None
+        ctx.grads = None, None
+        scaled = (None if grad is None else grad.mul_(scale) for grad in (hidden_grad, head_grad))
+        return *scaled, None, None, None, None, None, None, None
+
+
+def loss_chunk(vocab_size: int, device: torch.device) -> int:
+    """Tokens per chunk of the loss head: about 32 MB of float32 logits on a CPU, 512 MB on a GPU."""
+    return max(16, (2**27 if device.type == "cuda" else 2**23) // vocab_size)
+
+
+def head_loss(
+    hidden,
+    head,
+    labels,
+    teacher=None,
+    lm_weight=1.0,
+    kl_weight=1.0,
+    temperature=1.0,
+    num_labels=None,
+    share=1.0,
+):
+    """The loss of final hidden states [B, T, D] under head [V, D]; see ChunkedLoss. teacher: (hidden, head)
+    or None.
+
+    CE is a mean over the labelled tokens, KL over all. Where the batch is a part of a larger one, num_labels
+    is the labels in the whole and share this part of its tokens: losses of the parts then add up to the
+    whole's. Returns {"loss", "lm", "kl", "teacher_lm", "token_lm"}: scalars, and the CE of each token [B, T].
+    """
+    labels = labels.flatten()
+    if num_labels is None:
+        num_labels = (labels != -100).sum().clamp(min=1)
+    tokens = labels.numel()
+    teacher_hidden, teacher_head = (teacher[0].flatten(0, 1), teacher[1]) if teacher else (None, None)
+    loss, lm, kl, teacher_lm = ChunkedLoss.apply(
+        hidden.flatten(0, 1), head, labels, teacher_hidden, teacher_head,
+        lm_weight / num_labels, kl_weight * share / tokens, temperature, loss_chunk(head.shape[0],
+        head.device),
+    )  # fmt: skip
+    result = {"loss": loss, "lm": lm.sum() / num_labels, "token_lm": lm.view(hidden.shape[:-1])}
+    if teacher:
+        result |= {"kl": kl.sum() * share / tokens, "teacher_lm": teacher_lm.sum() / num_labels}
+    return result
+
+
+# ---- a plain model
+
+
+class Layer(nn.Module):
+    """The weights of one layer under the names of LAYER_NAMES."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        for name, shape in config.layer_shapes().items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+    def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {name: weight.to(dtype) for name, weight in self.named_parameters()}
+
+
+class Llama(nn.Module):
+    """A Llama, Mistral, Qwen2 or Qwen3 causal LM. `dtype` is what it computes in; its weights may be
+    wider.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.Parameter(torch.empty(config.hidden_size))
+        self.head = None if config.tie_word_embeddings else nn.Parameter(torch.empty_like(self.embedding))
+
+    def init_weights(self, seed: int, std: float = 0.02) -> "Llama":
+        """N(0, std), as transformers initialises these families; ones for norms, zeros for biases."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if name.endswith("norm"):
+                nn.init.ones_(weight)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
+            else:
+                weight.data.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
+        return self
+
+    def head_weight(self) -> Tensor:
+        return (self.embedding if self.head is None else self.head).to(self.dtype)
+
+    def hidden_states(self, ids: Tensor, positions=None, mask=None, caches=None) -> Tensor:
+        """ids [B, T] -> final normed hidden states [B, T, D]. caches: one (keys, values, start) a layer."""
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)
+        rope = rope_table(self.config, positions)
+        x = F.embedding(ids, self.embedding).to(self.dtype)
+        for i, layer in enumerate(self.layers):
+            x, _ = block(x, layer.weights(self.dtype), self.config, rope, mask, caches[i] if caches else None)
+        return rms_norm(x, self.norm, self.config.rms_norm_eps)
+
+    def logits(self, ids: Tensor, **kwargs) -> Tensor:
+        """ids [B, T] -> logits [B, T, V], float32."""
+        return (self.hidden_states(ids, **kwargs) @ self.head_weight().T).float()
+
+    def forward(self, ids: Tensor, labels: Tensor, num_labels=None, share=1.0) -> dict[str, Tensor]:
+        """The next-token loss of ids [B, T] against labels [B, T], already shifted (-100: no label)."""
+        return head_loss(
+            self.hidden_states(ids), self.head_weight(), labels, num_labels=num_labels, share=share
+        )
+
+
+# ---- the low-rank clone
+
+READS = ("q", "k", "v", "gate", "up")  # weights W of which the student has W P
+WRITES = ("o", "down")  # weights W of which it has P^T W
+
+
+@dataclasses.dataclass(frozen=True)
+class CloneConfig:
+    """What defines a clone besides its teacher and its trained tensors, and how its loss is weighed.
+
+    share_qkv, share_gate_up: one projection for q, k, v (gate, up), whose clone losses become one loss on
+    their input (paper, Table 7). clone_attn_out, clone_mlp_out: compare in the "student"'s space (paper) or
+    the "teacher"'s (attn_out in the authors' code). clone_skip: clone terms to leave out, by name.
+    """
+
+    student_hidden_size: int
+    share_qkv: bool = False
+    share_gate_up: bool = False
+    tie_head_projection: bool = True
+    student_rms_norm_eps: float = 1e-5
+    lm_weight: float = 1.0
+    kl_weight: float = 1.0
+    kl_temperature: float = 40.0
+    clone_weight: float = 0.2
+    clone_attn_out: str = "student"
+    clone_mlp_out: str = "student"
+    clone_skip: tuple = ()
+    clone_skip_layers: tuple = ()
+
+    def terms(self) -> list[str]:
+        """Names of the clone losses of a layer, in the order they are computed."""
+        attention = ["attn_in"] if self.share_qkv else ["q", "k", "v"]
+        ffn = ["mlp_in"] if self.share_gate_up else ["gate", "up"]
+        return [name for name in (*attention, "attn_out", *ffn, "mlp_out") if name not in self.clone_skip]
+
+
+class CloneLayer(nn.Module):
+    """The trained tensors of one layer: projections [d_T, d_S] and the student's norms [d_S]."""
+
+    def __init__(self, d_t: int, clone: CloneConfig):
+        super().__init__()
+        d_s = clone.student_hidden_size
+        self.home = {name: name for name in (*READS, *WRITES)}
+        if clone.share_qkv:
+            self.home |= dict.fromkeys("qkv", "qkv")
+        if clone.share_gate_up:
+            self.home |= dict.fromkeys(("gate", "up"), "gate_up")
+        self.projections = nn.ParameterDict(
+            {name: nn.Parameter(torch.empty(d_t, d_s)) for name in dict.fromkeys(self.home.values())}
+        )
+        self.input_norm, self.post_norm = nn.Parameter(torch.empty(d_s)), nn.Parameter(torch.empty(d_s))
+
+    def compose(self, teacher: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The student's weights of this layer from the teacher's; also the projections, under "P_" + name."""
+        p = {name: self.projections[home].to(dtype) for name, home in self.home.items()}
+        w = dict(teacher) | {"input_norm": self.input_norm, "post_norm": self.post_norm}
+        w |= {name: teacher[name] @ p[name] for name in READS}
+        w |= {name: p[name].T @ teacher[name] for name in WRITES}
+        if "o_bias" in teacher:
+            w["o_bias"] = teacher["o_bias"] @ p["o"]
+        return w | {f"P_{name}": p[name] for name in p}
+
+
+def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.mse_loss(student.float(), teacher.float())
+
+
+def clone_block(x_t, x_s, teacher, student, teacher_config, student_config, rope, clone, terms):
+    """One layer of teacher and student in lock-step, so that a teacher activation lives only as long as its
+    loss.
+
+    x_t [B, T, d_T], x_s [B, T, d_S] -> (x_t, x_s, [the clone losses named in terms]).
+    """
+    with torch.no_grad():
+        x_t, t = block(x_t, teacher, teacher_config, rope)
+    x_s, s = block(x_s, student, student_config, rope)
+    losses = []
+    for name in terms:
+        if name in ("attn_in", "mlp_in"):
+            p = student["P_q" if name == "attn_in" else "P_gate"]
+            losses.append(mean_squared_error(s[name] @ p.T, t[name]))
+        elif name in ("attn_out", "mlp_out"):
+            weight, reads = ("o", "attended") if name == "attn_out" else ("down", "ffn")
+            space = clone.clone_attn_out if name == "attn_out" else clone.clone_mlp_out
+            if space == "teacher":
+                out = F.linear(s[reads], teacher[weight], teacher.get(f"{weight}_bias"))
+                losses.append(mean_squared_error(out, t[weight]))
+            else:
+                losses.append(mean_squared_error(s[weight], t[weight] @ student[f"P_{weight}"]))
+        else:
+            losses.append(mean_squared_error(s[name], t[name]))
+    return x_t, x_s, losses
+
+
+class LowRankClone(nn.Module):
+    """A frozen teacher and the tensors that make a student of it; only the latter have requires_grad.
+
+    ValueError when the student's hidden size does not fit the teacher.
+    """
+
+    def __init__(self, teacher: Llama, student_hidden_size: int, **options):
+        super().__init__()
+        d_t, d_s, heads = teacher.config.hidden_size, student_hidden_size, teacher.config.num_attention_heads
+        if not 0 < d_s < d_t:
+            raise ValueError(
+                f"student_hidden_size is {d_s}; it must be between 1 and {d_t - 1} (the teacher has {d_t})"
+            )
+        if teacher.config.model_type == "llama" and d_s % heads:
+            low = d_s // heads * heads
+            near = " or ".join(str(size) for size in (low, low + heads) if 0 < size < d_t)
+            raise ValueError(
+                f"student_hidden_size is {d_s}; a llama needs a multiple of its {heads} heads: {near}"
+            )
+        self.teacher = teacher.requires_grad_(False)
+        self.clone = CloneConfig(student_hidden_size, **options)
+        unknown = set(self.clone.clone_skip) - set(dataclasses.replace(self.clone, clone_skip=()).terms())
+        if unknown:
+            raise ValueError(f"clone_skip names {sorted(unknown)}; the terms are {self.clone.terms()}")
+        self.config = dataclasses.replace(
+            teacher.config,
+            hidden_size=d_s,
+            rms_norm_eps=self.clone.student_rms_norm_eps,
+            tie_word_embeddings=teacher.config.tie_word_embeddings and self.clone.tie_head_projection,
+        )
+        self.layers = nn.ModuleList(CloneLayer(d_t, self.clone) for _ in teacher.layers)
+        self.norm = nn.Parameter(torch.empty(d_s))
+        self.embedding_projection = nn.Parameter(torch.empty(d_t, d_s))
+        self.head_projection = None if self.clone.tie_head_projection else nn.Parameter(torch.empty(d_t, d_s))
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """{name: parameter} of everything that trains; what a checkpoint holds."""
+        return {name: p for name, p in self.named_parameters() if not name.startswith("teacher.")}
+
+    def init_weights(self, seed: int, std: float = 0.02) -> "LowRankClone":
+        """Projections N(0, std), norms one, as the authors' code; the same on any device."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in self.trained().items():
+            if name.endswith("norm"):
+                nn.init.ones_(weight)
+            else:
+                weight.data.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
+        return self
+
+    def compose(self) -> dict:
+        """The student's weights, W P and P^T W: {"layers": [{name: weight}], "embedding_projection", "head",
+        "norm"}.
+        """
+        dtype = self.teacher.dtype
+        p_embedding = self.embedding_projection.to(dtype)
+        p_head = p_embedding if self.head_projection is None else self.head_projection.to(dtype)
+        pairs = zip(self.layers, self.teacher.layers, strict=True)
+        return {
+            "layers": [layer.compose(teacher.weights(dtype), dtype) for layer, teacher in pairs],
+            "embedding_projection": p_embedding,
+            "head": self.teacher.head_weight() @ p_head,
+            "norm": self.norm,
+        }
+
+    def forward(
+        self, ids, labels, num_labels=None, share=1.0, student=None, temperature=None
+    ) -> dict[str, Tensor]:
+        """Every loss of ids [B, T] against labels [B, T], already shifted (-100: no label), without a host
+        sync.
+
+        student: compose()'s result, where several batches share one. temperature: in place of kl_temperature.
+        Returns {"loss", "lm", "kl", "clone", "terms", "token_lm"}: the optimised total; CE; KL at the
+        temperature without T²; the sum of the clone losses, unweighted; each of them [layers, terms] by
+        CloneConfig.terms(). At temperature 1 also "teacher_lm".
+        """
+        clone, teacher = self.clone, self.teacher
+        student = student or self.compose()
+        names = clone.terms() if clone.clone_weight else []
+        rope = rope_table(self.config, torch.arange(ids.shape[1], device=ids.device))
+        x_t = F.embedding(ids, teacher.embedding).to(teacher.dtype)
+        x_s = x_t @ student["embedding_projection"]
+        terms = x_t.new_zeros((len(teacher.layers), len(names)), dtype=torch.float32)
+        rows = []
+        for i, (layer, weights) in enumerate(zip(teacher.layers, student["layers"], strict=True)):
+            wanted = [] if i in clone.clone_skip_layers else names
+            x_t, x_s, losses = clone_block(
+                x_t,
+                x_s,
+                layer.weights(teacher.dtype),
+                weights,
+                teacher.config,
+                self.config,
+                rope,
+                clone,
+                wanted,
+            )
+            rows.append(torch.stack(losses) if losses else terms[i])
+        x_t = rms_norm(x_t, teacher.norm, teacher.config.rms_norm_eps)
+        x_s = rms_norm(x_s, student["norm"], self.config.rms_norm_eps)
+        result = head_loss(
+            x_s,
+            student["head"],
+            labels,
+            (x_t, teacher.head_weight()),
+            clone.lm_weight,
+            clone.kl_weight,
+            clone.kl_temperature if temperature is None else temperature,
+            num_labels,
+            share,
+        )
+        result["terms"] = torch.stack(rows) * share
+        result["clone"] = result["terms"].sum()
+        result["loss"] = result["loss"] + clone.clone_weight * result["clone"]
+        return result
+
+    def hold(self, student: dict) -> dict:
+        """compose()'s result for several batches: the same weights, on which gradients gather until
+        release().
+        """
+        return tree_map(lambda w: w.detach().requires_grad_(w.requires_grad), student)
+
+    def release(self, student: dict, held: dict) -> None:
+        """Takes the gradients gathered on `held` back through the composition, once."""
+        pairs = zip(tree_leaves(student), tree_leaves(held), strict=True)
+        pairs = [(w, h.grad) for w, h in pairs if h.grad is not None]
+        torch.autograd.backward([w for w, _ in pairs], [grad for _, grad in pairs])
+
+    @torch.no_grad()
+    def merge(self) -> Llama:
+        """The student as an ordinary Llama, composed in float32."""
+        with torch.device("meta"):
+            student = Llama(self.config)
+        embedding = self.teacher.embedding.float()
+        state = {"embedding": embedding @ self.embedding_projection, "norm": self.norm.clone()}
+        if not self.config.tie_word_embeddings:
+            head = embedding if self.teacher.head is None else self.teacher.head.float()
+            p_head = self.embedding_projection if self.head_projection is None else self.head_projection
+            state["head"] = head @ p_head
+        for i, (layer, teacher) in enumerate(zip(self.layers, self.teacher.layers, strict=True)):
+            weights = layer.compose(teacher.weights(torch.float32), torch.float32)
+            state |= {f"layers.{i}.{name}": weights[name].clone() for name in self.config.layer_shapes()}
+        student.load_state_dict(state, strict=True, assign=True)
+        return student
+
+
+# ---- files: Hugging Face directories and checkpoints
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The config of a Hugging Face directory; ValueError in one line when there is none or it is not
+    supported.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(
+            f"{path} is not a directory; a model is a Hugging Face directory on disk (hf download NAME --local-dir {path})"
+        )
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} has no config.json; a model is a Hugging Face directory")
+    return ModelConfig.from_hf(read_json(path / "config.json"), str(path / "config.json"))
+
+
+def weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    files = [path / name for name in sorted(names)]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(
+                f"{file} does not exist" + (f", but {index.name} names it" if len(names) > 1 else "")
+            )
+    return files
+
+
+def read_tensors(
+    files: list[Path], expected: dict[str, tuple[int, ...]], ignored=(), dtype=None
+) -> dict[str, Tensor]:
+    """The tensors of safetensors files, which must have exactly the expected names and shapes; `ignored` may
+    be there.
+
+    ValueError names what is missing, unexpected or misshapen, before any tensor is read.
+    """
+    found, handles = {}, []
+    for file in files:
+        try:
+            handle = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from None
+        handles.append(handle)
+        found |= {name: (handle, tuple(handle.get_slice(name).get_shape())) for name in handle.keys()}
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [
+        f"unexpected {n}" for n in found if n not in expected and not any(n.endswith(i) for i in ignored)
+    ]
+    for name, shape in expected.items():
+        if name in found and found[name][1] != tuple(shape):
+            problems.append(f"{name} is {list(found[name][1])}, config.json says {list(shape)}")
+    if problems:
+        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise ValueError(f"{files[0].parent}: weights do not fit: {'; '.join(problems[:6])}{more}")
+    return {name: found[name][0].get_tensor(name).to(dtype) for name in expected}
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
+    """A Llama from a Hugging Face directory, its weights in `dtype`; strict, see read_tensors."""
+    path, config = Path(path), read_config(path)
+    names = config.weight_names()
+    ignored = ("rotary_emb.inv_freq",) + (("lm_head.weight",) if config.tie_word_embeddings else ())
+    tensors = read_tensors(
+        weight_files(path), {name: shape for name, (_, shape) in names.items()}, ignored, dtype
+    )
+    with torch.device("meta"):
+        model = Llama(config, dtype)
+    model.load_state_dict(
+        {names[name][0]: tensor for name, tensor in tensors.items()}, strict=True, assign=True
+    )
+    return model
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+def save_model(
+    model: Llama, path: Path, dtype: torch.dtype, tokenizer: str | Path | None, max_shard_bytes=5 * 10**9
+):
+    """Writes a Hugging Face directory that transformers 4 and 5 load, with the files of the tokenizer
+    directory.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(model.config.to_hf(dtype), indent=2) + "\n")
+    state = model.state_dict()
+    shards, size = [{}], 0
+    for name, (ours, _) in model.config.weight_names().items():
+        tensor = state[ours].to(dtype).contiguous()
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards, size = [*shards, {}], 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, path / file, metadata={"format": "pt"})
+    generation = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
+    source = Path(tokenizer) if tokenizer else path
+    if (source / "generation_config.json").is_file():
+        generation = read_json(source / "generation_config.json")
+    (path / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    for name in TOKENIZER_FILES:
+        if source != path and (source / name).is_file():
+            (path / name).write_bytes((source / name).read_bytes())
+
+
+def fingerprint(model: Llama) -> str:
+    """A hash of a model's shapes and of 64 values of each weight, at the precision of bfloat16: the same for
+    any dtype, device or sharding it is loaded in, another for a fine-tuned copy."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        flat = weight.detach().flatten()
+        sample = flat[torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64, device=flat.device).long()]
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(sample.to(torch.bfloat16).float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_clone(clone: LowRankClone, path: Path, teacher: str, tokenizer: str) -> None:
+    """Writes the trained tensors, and in config.json everything else needed to rebuild the clone."""
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().float().contiguous() for name, p in clone.trained().items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "model_type": "low_rank_clone",
+        "teacher": teacher,
+        "teacher_absolute": str(Path(teacher).resolve()),
+        "teacher_fingerprint": fingerprint(clone.teacher),
+        "tokenizer": tokenizer,
+        "clone": dataclasses.asdict(clone.clone),
+    }
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_clone(
+    path: str | Path, dtype: torch.dtype = torch.float32, teacher: str | None = None
+) -> LowRankClone:
+    """A clone from its checkpoint; teacher: its directory, where it has moved since. Refuses another
+    teacher.
+    """
+    path = Path(path)
+    config = read_json(path / "config.json")
+    if teacher is None:
+        teacher = next((t for t in (config["teacher"], config["teacher_absolute"]) if Path(t).is_dir()), None)
+        if teacher is None:
+            raise ValueError(
+                f"{path}: its teacher {config['teacher']} is not there; say where with --teacher=DIR"
+            )
+    model = load_model(teacher, dtype)
+    if fingerprint(model) != config["teacher_fingerprint"]:
+        raise ValueError(f"{path}: {teacher} is not the teacher it was trained with (the weights differ)")
+    options = {name: tuple(v) if isinstance(v, list) else v for name, v in config["clone"].items()}
+    with torch.device("meta"):
+        clone = LowRankClone(model, **options)
+    expected = {name: tuple(p.shape) for name, p in clone.trained().items()}
+    tensors = read_tensors([path / "model.safetensors"], expected, dtype=torch.float32)
+    clone.load_state_dict(
+        {**tensors, **{f"teacher.{n}": p for n, p in model.state_dict().items()}}, assign=True
+    )
+    return clone
+
+
+def is_clone(path: Path) -> bool:
+    return read_json(path / "config.json").get("model_type") == "low_rank_clone"
+
+
+def checkpoints(out_dir: str | Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first: a directory gets its name step_00001000 when it is
+    complete.
+    """
+    return sorted(path for path in Path(out_dir).glob("step_*") if path.name[5:].isdigit())
+
+
+def resolve(path: str | Path) -> Path:
+    """A Hugging Face directory or a checkpoint as it is; of an out_dir, its latest checkpoint."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(
+            f"{path} is not a directory; give a Hugging Face directory, a checkpoint or an out_dir"
+        )
+    if (path / "config.json").is_file():
+        return path
+    found = checkpoints(path)
+    if not found:
+        raise ValueError(f"{path} has neither a config.json nor a checkpoint (step_*)")
+    return found[-1]
