@@ -269,59 +269,79 @@ def block(x: Tensor, w: dict[str, Tensor], config: ModelConfig, rope, mask=None,
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """lm_weight · CE + kl_weight · T² · KL(teacher ‖ student), without the logits of more than one chunk
-    alive.
+    """lm_scale · ΣCE + kl_scale · T² · ΣKL(teacher ‖ student), without the logits of more than one chunk alive.
 
-    hidden [N, D], head [V, D], labels [N] (-100: no label), teacher_hidden [N, D_T] and teacher_head [V,
-    D_T] or None. Softmax and loss are float32 whatever the dtype of hidden. Gradients of hidden and head are
-    formed in the forward pass, chunk by chunk, so that backward only scales them: O(chunk · V) memory and no
-    logits computed twice. Returns (loss, CE of each token [N], its KL [N], the teacher's CE of each token
-    [N]); only loss is differentiable.
+    hidden [N, D], head [V, D], labels [N] (-100: no label), teacher_hidden [N, D_T] and teacher_head [V, D_T] or
+    None. Softmax and loss are float32 whatever the dtype of hidden. Gradients of hidden and head are formed in
+    the forward pass, chunk by chunk in reused buffers, so that backward only scales them: O(chunk · V) memory and
+    no logits computed twice. Returns (loss, CE of each token [N], its KL [N], the teacher's CE [N], only at T = 1);
+    the loss alone is differentiable.
     """
 
     @staticmethod
-    def forward(
-        ctx, hidden, head, labels, teacher_hidden, teacher_head, lm_scale, kl_scale, temperature, chunk
-    ):
-        tokens = hidden.shape[0]
+    def forward(ctx, hidden, head, labels, teacher_hidden, teacher_head, lm_scale, kl_scale, temperature, chunk):
+        tokens, vocab_size = hidden.shape[0], head.shape[0]
         lm, kl, teacher_lm = hidden.new_zeros((3, tokens), dtype=torch.float32)
         need_hidden, need_head = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if need_hidden else None
         head_grad = torch.zeros_like(head, dtype=torch.float32) if need_head else None
         labelled = labels != -100
+        chunk = min(chunk, tokens)
+        buffers = hidden.new_empty((2 if teacher_hidden is None else 4, chunk, vocab_size), dtype=torch.float32)
+
+        def logits(x, weight, out):  # [chunk, V], float32
+            return torch.mm(x, weight.T, out=out) if x.dtype == torch.float32 else out.copy_(x @ weight.T)
+
+        def log_sum_exp(z, p):
+            # From the likeliest token, p = exp(z - log_sum_exp), without another pass over z. In float64, since KL
+            # at a high temperature is a small difference of two of these.
+            return z.amax(-1).double() - p.amax(-1).double().log()
+
         for start in range(0, tokens, chunk):
-            rows = slice(start, start + chunk)
+            rows = slice(start, min(start + chunk, tokens))
             label, valid = labels[rows].clamp(min=0)[:, None], labelled[rows]
-            z = (hidden[rows] @ head.T).float()  # [chunk, V]
-            log_p = z.log_softmax(-1)
-            lm[rows] = torch.where(valid, -log_p.gather(-1, label)[:, 0], 0.0)
+            z, grad, *rest = buffers[:, : rows.stop - start]
+            logits(hidden[rows], head, z)
+            torch.softmax(z, -1, out=grad)
+            log_sum = log_sum_exp(z, grad)
+            lm[rows] = torch.where(valid, log_sum - z.gather(-1, label)[:, 0], 0.0)
             if teacher_hidden is not None:
-                teacher_z = (teacher_hidden[rows] @ teacher_head.T).float()
+                teacher_z, teacher_p = rest
+                logits(teacher_hidden[rows], teacher_head, teacher_z)
                 if temperature != 1.0:
-                    log_s, log_t = (
-                        (z / temperature).log_softmax(-1),
-                        (teacher_z / temperature).log_softmax(-1),
-                    )
-                else:
-                    log_s, log_t = log_p, teacher_z.log_softmax(-1)
-                    teacher_lm[rows] = torch.where(valid, -log_t.gather(-1, label)[:, 0], 0.0)
-                del teacher_z
-                p_t = log_t.exp()
-                kl[rows] = (p_t * log_t.sub_(log_s)).sum(-1)
-            del z
+                    z /= temperature
+                    teacher_z /= temperature
+                torch.softmax(teacher_z, -1, out=teacher_p)
+                teacher_log_sum = log_sum_exp(teacher_z, teacher_p)
+                if temperature == 1.0:
+                    teacher_lm[rows] = torch.where(valid, teacher_log_sum - teacher_z.gather(-1, label)[:, 0], 0.0)
+                # KL = Σ p (teacher_z - z) - teacher_log_sum + log_sum, all at the temperature
+                difference = torch.bmm(teacher_p[:, None], teacher_z.sub_(z)[..., None])[:, 0, 0]
+                student_p = grad
+                if temperature != 1.0:
+                    student_p = torch.softmax(z, -1, out=teacher_z)
+                    log_sum = log_sum_exp(z, student_p)
+                kl[rows] = difference - teacher_log_sum + log_sum
             if not (need_hidden or need_head):
                 continue
-            grad = log_p.exp()
-            grad.scatter_add_(-1, label, grad.new_full((1, 1), -1.0).expand_as(label))
-            grad *= valid[:, None] * lm_scale
+            scale = (valid * lm_scale)[:, None]
             if teacher_hidden is not None:
                 # d(T² KL)/dz = T · (softmax(z/T) - softmax(teacher_z/T))
-                grad.add_(log_s.exp().sub_(p_t), alpha=kl_scale * temperature)
+                if temperature == 1.0:
+                    grad.mul_(scale + kl_scale).sub_(teacher_p.mul_(kl_scale))
+                else:
+                    grad.mul_(scale).add_(student_p.sub_(teacher_p).mul_(kl_scale * temperature))
+            else:
+                grad.mul_(scale)
+            grad.scatter_add_(-1, label, -scale)
             grad = grad.to(hidden.dtype)
             if need_hidden:
-                hidden_grad[rows] = grad @ head
+                torch.mm(grad, head, out=hidden_grad[rows])
             if need_head:
-                head_grad += grad.T @ hidden[rows]
+                if hidden.dtype == torch.float32:
+                    head_grad.addmm_(grad.T, hidden[rows])
+                else:
+                    head_grad += grad.T @ hidden[rows]
         ctx.grads = hidden_grad, head_grad if head_grad is None else head_grad.to(head.dtype)
         ctx.mark_non_differentiable(lm, kl, teacher_lm)
         loss = lm_scale * lm.sum() + kl_scale * temperature**2 * kl.sum()
@@ -330,7 +350,7 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale, *_):
         hidden_grad, head_grad = ctx.grads
-        assert hidden_grad is not None or head_grad is not None
+        assert hidden_grad is not None or head_grad is not None, "backward runs once: it gives its buffers away"
         ctx.grads = None, None
         scaled = (None if grad is None else grad.mul_(scale) for grad in (hidden_grad, head_grad))
         return *scaled, None, None, None, None, None, None, None
@@ -660,6 +680,15 @@ class LowRankClone(nn.Module):
         pairs = [(w, h.grad) for w, h in pairs if h.grad is not None]
         torch.autograd.backward([w for w, _ in pairs], [grad for _, grad in pairs])
 
+    def logits(self, ids: Tensor) -> Tensor:
+        """The student's logits [B, T, V], float32, by its composed weights."""
+        student = self.compose()
+        rope = rope_table(self.config, torch.arange(ids.shape[1], device=ids.device))
+        x = F.embedding(ids, self.teacher.embedding).to(self.teacher.dtype) @ student["embedding_projection"]
+        for weights in student["layers"]:
+            x, _ = block(x, weights, self.config, rope)
+        return (rms_norm(x, student["norm"], self.config.rms_norm_eps) @ student["head"].T).float()
+
     @torch.no_grad()
     def merge(self) -> Llama:
         """The student as an ordinary Llama, composed in float32."""
@@ -696,9 +725,7 @@ def read_config(path: str | Path) -> ModelConfig:
     """
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(
-            f"{path} is not a directory; a model is a Hugging Face directory on disk (hf download NAME --local-dir {path})"
-        )
+        raise ValueError(f"{path} is not a directory; get a model with: hf download NAME --local-dir {path}")
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} has no config.json; a model is a Hugging Face directory")
     return ModelConfig.from_hf(read_json(path / "config.json"), str(path / "config.json"))
@@ -731,7 +758,7 @@ def read_tensors(
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from None
         handles.append(handle)
-        found |= {name: (handle, tuple(handle.get_slice(name).get_shape())) for name in handle.keys()}
+        found |= {name: (handle, tuple(handle.get_slice(name).get_shape())) for name in handle.keys()}  # noqa: SIM118
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [
         f"unexpected {n}" for n in found if n not in expected and not any(n.endswith(i) for i in ignored)

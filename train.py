@@ -29,16 +29,12 @@ lm_weight = 1.0  # next-token cross entropy
 kl_weight = 1.0  # KL(teacher ‖ student) at kl_temperature, per token and times T²
 kl_temperature = 40.0  # T of the KL term
 clone_weight = 0.2  # the sum of all clone losses (paper: alpha); 0 leaves them out
-clone_attn_out: Literal["student", "teacher"] = (
-    "student"  # whose space: student (paper) or teacher (authors' code)
-)
+clone_attn_out: Literal["student", "teacher"] = "student"  # compared in whose space (authors' code: teacher)
 clone_mlp_out: Literal["student", "teacher"] = "student"  # likewise, for the FFN's output
-clone_skip: tuple = ()  # clone terms to leave out: q, k, v, attn_out, gate, up, mlp_out (shared: attn_in, mlp_in)
+clone_skip: tuple = ()  # clone terms to leave out: q k v attn_out gate up mlp_out (shared: attn_in mlp_in)
 clone_skip_layers: tuple = ()  # layers without clone losses, by index
 # data
-data: dict | str = (
-    "data/quickstart/corpus"  # shard directory of prepare.py, or {directory: token budget or None}
-)
+data: dict | str = "data/quickstart/corpus"  # shard directory, or {directory: token budget or None for all}
 seq_len = 256  # tokens in a block
 global_batch_size = 16  # blocks a step, over all devices and micro-batches
 micro_batch_size = 16  # blocks of one forward pass; global_batch_size / micro_batch_size are accumulated
@@ -260,7 +256,7 @@ def main() -> None:
     count = sum(p.numel() for p in parameters)
     student = f"student {model.config.hidden_size} wide, " if clone else ""
     print(
-        f"{where} with {torch.get_num_threads()} threads, torch {torch.__version__}, computing in {compute_dtype}"
+        f"{where} ({torch.get_num_threads()} threads), torch {torch.__version__}, computing in {compute_dtype}"
     )
     if clone:
         total = sum(p.numel() for p in model.teacher.parameters())
@@ -333,7 +329,7 @@ def main() -> None:
             )
             since = time.perf_counter()
         if done % save_every == 0 or done == max_steps:
-            path = save_checkpoint(model, optimizer, done, tokenizer_dir)
+            save_checkpoint(model, optimizer, done, tokenizer_dir)
             since = time.perf_counter()
     bar.close()
 
