@@ -215,13 +215,36 @@ def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of x [B, H, T, head_dim] by cos, sin [T, head_dim/2] or [B, 1, T, head_dim/2]."""
     cos, sin = rope
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    halves = x.float().unflatten(-1, (2, -1))  # [B, H, T, 2, head_dim/2]
+    turned = halves.flip(-2) * torch.stack((-sin, sin), dim=-2)
+    return torch.addcmul(turned, halves, cos[..., None, :]).flatten(-2).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension with float32 statistics, in x's dtype."""
     return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+
+
+class GatedLinear(torch.autograd.Function):
+    """(silu(gate) · up) W^T, keeping only gate and up for backward. gate, up [B, T, F], weight [D, F] -> [B, T, D]."""
+
+    @staticmethod
+    def forward(ctx, gate, up, weight):
+        ctx.save_for_backward(gate, up, weight)
+        return F.linear(F.silu(gate).mul_(up), weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up, weight = ctx.saved_tensors
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        weight_grad = None
+        if ctx.needs_input_grad[2]:
+            weight_grad = grad.flatten(0, -2).T @ (silu * up).flatten(0, -2)
+        grad = grad @ weight
+        # silu' = sigmoid + silu · (1 - sigmoid)
+        gate_grad = sigmoid.addcmul_(silu, 1 - sigmoid).mul_(up).mul_(grad)
+        return gate_grad, silu.mul_(grad), weight_grad
 
 
 def block(x: Tensor, w: dict[str, Tensor], config: ModelConfig, rope, mask=None, cache=None):
@@ -260,8 +283,7 @@ def block(x: Tensor, w: dict[str, Tensor], config: ModelConfig, rope, mask=None,
     x = x + a["o"]
     a["mlp_in"] = rms_norm(x, w["post_norm"], config.rms_norm_eps)
     a["gate"], a["up"] = F.linear(a["mlp_in"], w["gate"]), F.linear(a["mlp_in"], w["up"])
-    a["ffn"] = F.silu(a["gate"]) * a["up"]
-    a["down"] = F.linear(a["ffn"], w["down"])
+    a["down"] = GatedLinear.apply(a["gate"], a["up"], w["down"])
     return x + a["down"], a
 
 
@@ -279,7 +301,9 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, labels, teacher_hidden, teacher_head, lm_scale, kl_scale, temperature, chunk):
+    def forward(
+        ctx, hidden, head, labels, teacher_hidden, teacher_head, lm_scale, kl_scale, temperature, chunk
+    ):
         tokens, vocab_size = hidden.shape[0], head.shape[0]
         lm, kl, teacher_lm = hidden.new_zeros((3, tokens), dtype=torch.float32)
         need_hidden, need_head = ctx.needs_input_grad[:2]
@@ -287,7 +311,9 @@ class ChunkedLoss(torch.autograd.Function):
         head_grad = torch.zeros_like(head, dtype=torch.float32) if need_head else None
         labelled = labels != -100
         chunk = min(chunk, tokens)
-        buffers = hidden.new_empty((2 if teacher_hidden is None else 4, chunk, vocab_size), dtype=torch.float32)
+        buffers = hidden.new_empty(
+            (2 if teacher_hidden is None else 4, chunk, vocab_size), dtype=torch.float32
+        )
 
         def logits(x, weight, out):  # [chunk, V], float32
             return torch.mm(x, weight.T, out=out) if x.dtype == torch.float32 else out.copy_(x @ weight.T)
@@ -314,7 +340,9 @@ class ChunkedLoss(torch.autograd.Function):
                 torch.softmax(teacher_z, -1, out=teacher_p)
                 teacher_log_sum = log_sum_exp(teacher_z, teacher_p)
                 if temperature == 1.0:
-                    teacher_lm[rows] = torch.where(valid, teacher_log_sum - teacher_z.gather(-1, label)[:, 0], 0.0)
+                    teacher_lm[rows] = torch.where(
+                        valid, teacher_log_sum - teacher_z.gather(-1, label)[:, 0], 0.0
+                    )
                 # KL = Σ p (teacher_z - z) - teacher_log_sum + log_sum, all at the temperature
                 difference = torch.bmm(teacher_p[:, None], teacher_z.sub_(z)[..., None])[:, 0, 0]
                 student_p = grad
@@ -350,7 +378,9 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale, *_):
         hidden_grad, head_grad = ctx.grads
-        assert hidden_grad is not None or head_grad is not None, "backward runs once: it gives its buffers away"
+        assert hidden_grad is not None or head_grad is not None, (
+            "backward runs once: it gives its buffers away"
+        )
         ctx.grads = None, None
         scaled = (None if grad is None else grad.mul_(scale) for grad in (hidden_grad, head_grad))
         return *scaled, None, None, None, None, None, None, None
@@ -522,13 +552,33 @@ class CloneLayer(nn.Module):
         return w | {f"P_{name}": p[name] for name in p}
 
 
-def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    return F.mse_loss(student.float(), teacher.float())
+class MeanSquaredError(torch.autograd.Function):
+    """Mean of (student - teacher P)² in float32; P [d_T, d_S] or None, and then of (student - teacher)².
+
+    student [B, T, d_S], teacher [B, T, d_T] without gradient. Keeps the difference and P's gradient, formed here,
+    for backward, and nothing of the teacher.
+    """
+
+    @staticmethod
+    def forward(ctx, student, teacher, projection):
+        target = teacher if projection is None else teacher @ projection
+        difference = student - target
+        ctx.projection_grad = None
+        if ctx.needs_input_grad[2]:
+            ctx.projection_grad = teacher.flatten(0, 1).T @ difference.flatten(0, 1)
+        ctx.save_for_backward(difference)
+        return difference.float().square().mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (difference,) = ctx.saved_tensors
+        scale = grad * (2 / difference.numel())
+        projection_grad = None if ctx.projection_grad is None else ctx.projection_grad * -scale
+        return difference * scale, None, projection_grad
 
 
 def clone_block(x_t, x_s, teacher, student, teacher_config, student_config, rope, clone, terms):
-    """One layer of teacher and student in lock-step, so that a teacher activation lives only as long as its
-    loss.
+    """One layer of teacher and student in lock-step, so that a teacher activation lives only as long as its loss.
 
     x_t [B, T, d_T], x_s [B, T, d_S] -> (x_t, x_s, [the clone losses named in terms]).
     """
@@ -537,19 +587,19 @@ def clone_block(x_t, x_s, teacher, student, teacher_config, student_config, rope
     x_s, s = block(x_s, student, student_config, rope)
     losses = []
     for name in terms:
-        if name in ("attn_in", "mlp_in"):
-            p = student["P_q" if name == "attn_in" else "P_gate"]
-            losses.append(mean_squared_error(s[name] @ p.T, t[name]))
+        source, projection = s.get(name), None
+        if name == "attn_in":
+            source = F.linear(s[name], student["P_q"])
+        elif name == "mlp_in":
+            source = F.linear(s[name], student["P_gate"])
+        elif name == "attn_out" and clone.clone_attn_out == "teacher":
+            name, source = "o", F.linear(s["attended"], teacher["o"], teacher.get("o_bias"))
+        elif name == "mlp_out" and clone.clone_mlp_out == "teacher":
+            name, source = "down", GatedLinear.apply(s["gate"], s["up"], teacher["down"])
         elif name in ("attn_out", "mlp_out"):
-            weight, reads = ("o", "attended") if name == "attn_out" else ("down", "ffn")
-            space = clone.clone_attn_out if name == "attn_out" else clone.clone_mlp_out
-            if space == "teacher":
-                out = F.linear(s[reads], teacher[weight], teacher.get(f"{weight}_bias"))
-                losses.append(mean_squared_error(out, t[weight]))
-            else:
-                losses.append(mean_squared_error(s[weight], t[weight] @ student[f"P_{weight}"]))
-        else:
-            losses.append(mean_squared_error(s[name], t[name]))
+            name = "o" if name == "attn_out" else "down"
+            source, projection = s[name], student[f"P_{name}"]
+        losses.append(MeanSquaredError.apply(source, t[name], projection))
     return x_t, x_s, losses
 
 

@@ -165,12 +165,7 @@ class ShardWriter:
 
 
 def write_shards(
-    input,
-    out,
-    tokenizer,
-    text_key=text_key,
-    heldout_fraction=heldout_fraction,
-    shard_tokens=shard_tokens,
+    input, out, tokenizer, text_key=text_key, heldout_fraction=heldout_fraction, shard_tokens=shard_tokens
 ) -> None:
     """Tokenizes the input into the shard directory `out`; ValueError before any work where something is
     missing.
