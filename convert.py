@@ -63,9 +63,7 @@ def main() -> None:
         )
     partial.rename(target)
     count = sum(weight.numel() for weight in student.parameters())
-    print(
-        f"{out}: {count:,} parameters in {dtype}; logits within {rounding:.1e} of {source}'s (relative, float32)"
-    )
+    print(f"{out}: {count:,} parameters in {dtype}; logits within {rounding:.1e} (relative) of {source}'s")
 
 
 if __name__ == "__main__":

@@ -226,7 +226,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class GatedLinear(torch.autograd.Function):
-    """(silu(gate) · up) W^T, keeping only gate and up for backward. gate, up [B, T, F], weight [D, F] -> [B, T, D]."""
+    """(silu(gate) · up) W^T, keeping only gate and up for backward. gate, up [B, T, F], weight [D, F] -> [B,
+    T, D].
+    """
 
     @staticmethod
     def forward(ctx, gate, up, weight):
@@ -287,17 +289,22 @@ def block(x: Tensor, w: dict[str, Tensor], config: ModelConfig, rope, mask=None,
     return x + a["down"], a
 
 
+def plain_block(x, w, config, rope, mask=None, cache=None) -> Tensor:
+    return block(x, w, config, rope, mask, cache)[0]
+
+
 # ---- the loss head
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """lm_scale · ΣCE + kl_scale · T² · ΣKL(teacher ‖ student), without the logits of more than one chunk alive.
+    """lm_scale · ΣCE + kl_scale · T² · ΣKL(teacher ‖ student), without the logits of more than one chunk
+    alive.
 
-    hidden [N, D], head [V, D], labels [N] (-100: no label), teacher_hidden [N, D_T] and teacher_head [V, D_T] or
-    None. Softmax and loss are float32 whatever the dtype of hidden. Gradients of hidden and head are formed in
-    the forward pass, chunk by chunk in reused buffers, so that backward only scales them: O(chunk · V) memory and
-    no logits computed twice. Returns (loss, CE of each token [N], its KL [N], the teacher's CE [N], only at T = 1);
-    the loss alone is differentiable.
+    hidden [N, D], head [V, D], labels [N] (-100: no label), teacher_hidden [N, D_T] and teacher_head [V,
+    D_T] or None. Softmax and loss are float32 whatever the dtype of hidden. Gradients of hidden and head are
+    formed in the forward pass, chunk by chunk in reused buffers, so that backward only scales them: O(chunk
+    · V) memory and no logits computed twice. Returns (loss, CE of each token [N], its KL [N], the teacher's
+    CE [N], only at T = 1); the loss alone is differentiable.
     """
 
     @staticmethod
@@ -319,8 +326,8 @@ class ChunkedLoss(torch.autograd.Function):
             return torch.mm(x, weight.T, out=out) if x.dtype == torch.float32 else out.copy_(x @ weight.T)
 
         def log_sum_exp(z, p):
-            # From the likeliest token, p = exp(z - log_sum_exp), without another pass over z. In float64, since KL
-            # at a high temperature is a small difference of two of these.
+            # From the likeliest token, p = exp(z - log_sum_exp), without another pass over z. In float64,
+            # since KL at a high temperature is a small difference of two of these.
             return z.amax(-1).double() - p.amax(-1).double().log()
 
         for start in range(0, tokens, chunk):
@@ -387,8 +394,9 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def loss_chunk(vocab_size: int, device: torch.device) -> int:
-    """Tokens per chunk of the loss head: about 32 MB of float32 logits on a CPU, 512 MB on a GPU."""
-    return max(16, (2**27 if device.type == "cuda" else 2**23) // vocab_size)
+    """Tokens per chunk of the loss head: 24 MB of float32 logits in each of its buffers, 512 MB on a GPU."""
+    elements = 2**27 if device.type == "cuda" else 6 * 2**20
+    return max(32, elements // vocab_size // 32 * 32)
 
 
 def head_loss(
@@ -448,6 +456,7 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.dtype = config, dtype
+        self.run_block = plain_block  # train.py may compile or checkpoint it
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.Parameter(torch.empty(config.hidden_size))
@@ -475,7 +484,9 @@ class Llama(nn.Module):
         rope = rope_table(self.config, positions)
         x = F.embedding(ids, self.embedding).to(self.dtype)
         for i, layer in enumerate(self.layers):
-            x, _ = block(x, layer.weights(self.dtype), self.config, rope, mask, caches[i] if caches else None)
+            x = self.run_block(
+                x, layer.weights(self.dtype), self.config, rope, mask, caches[i] if caches else None
+            )
         return rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def logits(self, ids: Tensor, **kwargs) -> Tensor:
@@ -555,8 +566,8 @@ class CloneLayer(nn.Module):
 class MeanSquaredError(torch.autograd.Function):
     """Mean of (student - teacher P)² in float32; P [d_T, d_S] or None, and then of (student - teacher)².
 
-    student [B, T, d_S], teacher [B, T, d_T] without gradient. Keeps the difference and P's gradient, formed here,
-    for backward, and nothing of the teacher.
+    student [B, T, d_S], teacher [B, T, d_T] without gradient. Keeps the difference and P's gradient, formed
+    here, for backward, and nothing of the teacher.
     """
 
     @staticmethod
@@ -578,7 +589,8 @@ class MeanSquaredError(torch.autograd.Function):
 
 
 def clone_block(x_t, x_s, teacher, student, teacher_config, student_config, rope, clone, terms):
-    """One layer of teacher and student in lock-step, so that a teacher activation lives only as long as its loss.
+    """One layer of teacher and student in lock-step, so that a teacher activation lives only as long as its
+    loss.
 
     x_t [B, T, d_T], x_s [B, T, d_S] -> (x_t, x_s, [the clone losses named in terms]).
     """
@@ -623,6 +635,7 @@ class LowRankClone(nn.Module):
                 f"student_hidden_size is {d_s}; a llama needs a multiple of its {heads} heads: {near}"
             )
         self.teacher = teacher.requires_grad_(False)
+        self.run_block = clone_block  # train.py may compile or checkpoint it
         self.clone = CloneConfig(student_hidden_size, **options)
         unknown = set(self.clone.clone_skip) - set(dataclasses.replace(self.clone, clone_skip=()).terms())
         if unknown:
@@ -688,7 +701,7 @@ class LowRankClone(nn.Module):
         rows = []
         for i, (layer, weights) in enumerate(zip(teacher.layers, student["layers"], strict=True)):
             wanted = [] if i in clone.clone_skip_layers else names
-            x_t, x_s, losses = clone_block(
+            x_t, x_s, losses = self.run_block(
                 x_t,
                 x_s,
                 layer.weights(teacher.dtype),
@@ -757,6 +770,46 @@ class LowRankClone(nn.Module):
         return student
 
 
+def flops(model: Llama | LowRankClone, tokens: int, seq_len: int) -> dict[str, float]:
+    """Floating-point operations of a training step on `tokens` tokens in blocks of seq_len, by part.
+
+    Matrix products only, a multiply and an add each; causal attention at half of its square. A trained model
+    counts three times its forward pass (the gradients of inputs and of weights), a frozen one once;
+    composing the student counts twice (the weights, and the gradients of the projections).
+    """
+
+    def forward(config, head):
+        matrices = sum(math.prod(shape) for shape in config.layer_shapes().values() if len(shape) == 2)
+        attention = 2 * config.num_attention_heads * config.head_dim * (seq_len + 1)
+        layers = config.num_hidden_layers * (2 * matrices + attention)
+        return tokens * (2 * config.hidden_size * config.vocab_size if head else layers)
+
+    if isinstance(model, Llama):
+        return {"model": 3 * forward(model.config, False), "head": 3 * forward(model.config, True)}
+    big, small, clone = model.teacher.config, model.config, model.clone
+    d_t, d_s = big.hidden_size, small.hidden_size
+    shapes = big.layer_shapes()
+    composed = big.num_hidden_layers * sum(math.prod(shapes[name]) for name in (*READS, *WRITES))
+    losses = 0
+    for name in clone.terms() if clone.clone_weight else ():
+        space = {"attn_out": clone.clone_attn_out, "mlp_out": clone.clone_mlp_out}.get(name)
+        if space == "student":
+            losses += 2 * 2 * d_t * d_s  # the teacher's output times P, and P's gradient
+        elif space == "teacher":
+            losses += (
+                2 * 2 * math.prod(shapes["o" if name == "attn_out" else "down"])
+            )  # and the input's gradient
+        elif name in ("attn_in", "mlp_in"):
+            losses += 3 * 2 * d_t * d_s
+    return {
+        "teacher": forward(big, False),
+        "compose": 2 * 2 * d_s * (composed + big.vocab_size * d_t),
+        "student": 3 * forward(small, False) + 2 * 2 * tokens * d_t * d_s,
+        "clone losses": tokens * (big.num_hidden_layers - len(clone.clone_skip_layers)) * losses,
+        "head": forward(big, True) + 3 * forward(small, True),
+    }
+
+
 # ---- files: Hugging Face directories and checkpoints
 
 
@@ -808,7 +861,7 @@ def read_tensors(
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from None
         handles.append(handle)
-        found |= {name: (handle, tuple(handle.get_slice(name).get_shape())) for name in handle.keys()}  # noqa: SIM118
+        found |= {name: (handle, tuple(handle.get_slice(name).get_shape())) for name in list(handle.keys())}
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [
         f"unexpected {n}" for n in found if n not in expected and not any(n.endswith(i) for i in ignored)

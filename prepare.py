@@ -82,14 +82,23 @@ def vocabulary_hash(tokenizer: Tokenizer) -> str:
 
 
 def open_text(file: Path):
-    if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8", errors="replace")
-    return open(file, encoding="utf-8", errors="replace")
+    opener = gzip.open if file.suffix == ".gz" else open
+    return opener(file, "rt", encoding="utf-8", errors="replace")
 
 
 def stdlib_files() -> tuple[Path, list[Path]]:
     root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    # encodings and pydoc_data are tables and prose in .py files
+    skipped = {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "__pycache__",
+        "encodings",
+        "pydoc_data",
+    }
     return root, sorted(f for f in root.rglob("*.py") if not skipped & set(f.relative_to(root).parts))
 
 
@@ -334,6 +343,16 @@ class Mixture:
     def batch(self, start: int, count: int) -> np.ndarray:
         """Samples start, start + 1, … as [count, seq_len + 1]."""
         return np.stack([self.sample(i)[1] for i in range(start, start + count)])
+
+
+class RandomTokens:
+    """Uniformly random blocks in place of a Mixture, to measure with."""
+
+    def __init__(self, vocab_size: int, seq_len: int):
+        self.vocab_size, self.seq_len, self.total = vocab_size, seq_len, 2**40
+
+    def batch(self, start: int, count: int) -> np.ndarray:
+        return np.random.default_rng(start).integers(0, self.vocab_size, (count, self.seq_len + 1))
 
 
 if __name__ == "__main__":

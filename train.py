@@ -10,14 +10,12 @@ made python train.py config/X.py --resume=True         # goes on from the last c
 from typing import Literal
 
 # what to train
-teacher: str | None = (
-    "data/quickstart/teacher"  # Hugging Face directory of the model to clone; None: a plain LM
+teacher: str | dict | None = (
+    "data/quickstart/teacher"  # Hugging Face directory to clone; None: train a plain LM
 )
-student_hidden_size = (
-    96  # d_S, the width of the student's residual stream; the rest of its shape is the teacher's
-)
+student_hidden_size = 96  # d_S, width of the student's residual stream; its other sizes are the teacher's
 model_config: dict | str | None = (
-    None  # shape of a plain LM: fields of a config.json, or a directory that has one
+    None  # shape of a plain LM: fields of a config.json, or a directory with one
 )
 tokenizer: str | None = None  # directory whose tokenizer goes into the checkpoints; None: the teacher's
 share_qkv = False  # one projection for q, k and v, and one clone loss on their input in place of three
@@ -34,7 +32,9 @@ clone_mlp_out: Literal["student", "teacher"] = "student"  # likewise, for the FF
 clone_skip: tuple = ()  # clone terms to leave out: q k v attn_out gate up mlp_out (shared: attn_in mlp_in)
 clone_skip_layers: tuple = ()  # layers without clone losses, by index
 # data
-data: dict | str = "data/quickstart/corpus"  # shard directory, or {directory: token budget or None for all}
+data: str | dict | None = (
+    "data/quickstart/corpus"  # shard directory, or {directory: token budget, None for all}
+)
 seq_len = 256  # tokens in a block
 global_batch_size = 16  # blocks a step, over all devices and micro-batches
 micro_batch_size = 16  # blocks of one forward pass; global_batch_size / micro_batch_size are accumulated
@@ -52,12 +52,17 @@ max_grad_norm = 1.0  # gradients are scaled down to this norm; 0 does not
 # run
 out_dir = "out/quickstart"  # checkpoints and metrics.jsonl; must be new, or resumed
 resume = False  # go on from the last checkpoint in out_dir, if there is one
-save_every = 1000  # steps between checkpoints; one is always made at the end
+save_every = 1000  # steps between checkpoints; one is always made at the end; 0: none at all
 keep_last = 2  # checkpoints to keep
 log_every = 10  # steps between lines of metrics.jsonl
-eval_every = 500  # steps between evaluations on the held-out blocks; one is always made at the end
+eval_every = (
+    500  # steps between evaluations on the held-out blocks; one is always made at the end; 0: none at all
+)
 eval_blocks = 128  # held-out blocks of an evaluation
 sample_prompt = "def "  # the student and the teacher continue it at the end of the run; "" does not
+compile = False  # torch.compile of one layer, used for all
+activation_checkpointing = False  # keep only the layers' inputs; each layer runs again in backward
+benchmark = False  # time every step; at the end, FLOPs by part and the fraction of the matmul rate achieved
 device: str | None = None  # None: cuda where there is one, or cpu
 dtype: Literal["float32", "bfloat16"] | None = None  # to compute in; None: bfloat16 on cuda, float32 on cpu
 
@@ -66,19 +71,23 @@ if __name__ == "__main__":
 
     options = configure(globals())
 
+import functools
 import json
 import math
 import os
+import resource
 import shutil
+import statistics
 import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import model as models
-from prepare import Mixture, load_tokenizer, special_ids, vocabulary_hash, write_shards
+from prepare import Mixture, RandomTokens, load_tokenizer, special_ids, vocabulary_hash, write_shards
 from sample import generate
 
 # ---- pieces of the loop that are longer than their names
@@ -102,8 +111,13 @@ def learning_rate_at(step: int) -> float:
 def build_model(compute_dtype: torch.dtype):
     """The clone or the plain LM that the options describe, with new weights."""
     if teacher is not None:
+        if isinstance(teacher, dict):  # a random teacher of that shape, to measure with
+            config = models.ModelConfig.from_hf(teacher, "teacher")
+            big = models.Llama(config, compute_dtype).init_weights(seed).to(compute_dtype)
+        else:
+            big = models.load_model(teacher, compute_dtype)
         clone = models.LowRankClone(
-            models.load_model(teacher, compute_dtype), student_hidden_size, share_qkv=share_qkv,
+            big, student_hidden_size, share_qkv=share_qkv,
             share_gate_up=share_gate_up, tie_head_projection=tie_head_projection,
             student_rms_norm_eps=student_rms_norm_eps, lm_weight=lm_weight, kl_weight=kl_weight,
             kl_temperature=kl_temperature, clone_weight=clone_weight, clone_attn_out=clone_attn_out,
@@ -119,18 +133,26 @@ def build_model(compute_dtype: torch.dtype):
     return models.Llama(config, compute_dtype).init_weights(seed)
 
 
-def check_vocabulary(mixture: Mixture, config: models.ModelConfig, tokenizer_dir: str | None) -> None:
+def open_data(vocab_size: int, tokenizer_dir: str | None):
+    """(training blocks, held-out blocks or None), which must fit the model and its tokenizer."""
+    if data is None:
+        return RandomTokens(vocab_size, seq_len), RandomTokens(vocab_size, seq_len)
+    if data == "data/quickstart/corpus" and not Path(data).exists():
+        write_shards("stdlib", data, "data/quickstart/teacher")
+    sources = {data: None} if isinstance(data, str) else data
+    train_data = Mixture(sources, "tokens", seq_len, seed)
     known = vocabulary_hash(load_tokenizer(tokenizer_dir)) if tokenizer_dir else None
-    for shards in mixture.sources:
+    for shards in train_data.sources:
         size, name = shards.meta["vocab_size"], shards.meta["tokenizer"]
-        if size > config.vocab_size:
+        if size > vocab_size:
             raise ValueError(
-                f"{shards.path} has {size} token ids ({name}); the model has {config.vocab_size}"
+                f"{shards.path} has {size} token ids (tokenizer {name}); the model has {vocab_size}"
             )
         if known and shards.meta["vocabulary_hash"] != known:
             raise ValueError(
                 f"{shards.path} was tokenized by {name}, whose vocabulary is not {tokenizer_dir}'s"
             )
+    return train_data, Mixture(dict.fromkeys(sources), "heldout", seq_len, 0) if eval_every else None
 
 
 @torch.no_grad()
@@ -161,6 +183,57 @@ def metrics_of(model, losses: dict) -> dict[str, torch.Tensor]:
             for n, v in zip(model.clone.terms(), losses["terms"].detach().sum(0), strict=False)
         }
     return named
+
+
+def print_samples(speakers: dict[str, models.Llama], tokenizer_dir: str) -> None:
+    """Continues sample_prompt by each model."""
+    tokens = load_tokenizer(tokenizer_dir)
+    bos, eos = special_ids(tokens, tokenizer_dir)
+    ids = bos + tokens.encode(sample_prompt, add_special_tokens=False).ids
+    for name, llama in speakers.items():
+        new = [token for (token,) in generate(llama, [ids], 64, 0.8, top_p=0.9, seed=1, stop_ids=(eos,))]
+        text = tokens.decode([token for token in new if token is not None])
+        print(f"\n--- {name}\n{sample_prompt}{text}")
+
+
+def peak_memory_gib(where: torch.device) -> float:
+    """The most memory held so far: on the GPU, or resident in this process (Linux: KiB, macOS: bytes)."""
+    if where.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**30 if os.uname().sysname == "Darwin" else 2**20
+    )
+
+
+def matmul_rate(where: torch.device, compute_dtype: torch.dtype) -> float:
+    """GFLOP/s of torch.mm on square matrices, the median of ten: the ceiling of a step's speed."""
+    n, rates = 8192 if where.type == "cuda" else 1024, []
+    a = torch.randn(n, n, device=where, dtype=compute_dtype)
+    for _ in range(10):
+        start = time.perf_counter()
+        torch.mm(a, a)[0, 0].item()
+        rates.append(2 * n**3 / (time.perf_counter() - start) / 1e9)
+    return statistics.median(rates)
+
+
+def report_benchmark(model, seconds: list[float], rates: list[float], where: torch.device) -> None:
+    """FLOPs by part, and the fraction of the matmul rate at which a step's necessary arithmetic was done."""
+    tokens = global_batch_size * seq_len
+    parts, median, rate = models.flops(model, tokens, seq_len), statistics.median(seconds[1:]), max(rates)
+    parts["all"] = sum(parts.values())
+    print(
+        f"first step {seconds[0]:.2f} s, then {median:.3f} s (median of {len(seconds) - 1}, from {min(seconds):.3f})"
+    )
+    for name, value in parts.items():
+        print(f"  {name:14}{value / tokens / 1e6:9.1f} MFLOP a token {value / 1e9:10.1f} GFLOP a step")
+    numbers = {
+        "tokens_per_second": tokens / median,
+        "seconds_per_step": median,
+        "matmul_gflops": rate,
+        "matmul_fraction": parts["all"] / 1e9 / median / rate,
+        "peak_memory_gib": peak_memory_gib(where),
+    }
+    print(json.dumps({name: round(value, 4) for name, value in numbers.items()}))
 
 
 def save_checkpoint(model, optimizer, step: int, tokenizer_dir: str | None) -> Path:
@@ -221,28 +294,25 @@ def load_checkpoint(path: Path, model, optimizer) -> int:
 
 
 def main() -> None:
-    # ---- what is there, and does it fit: everything that can be refused is refused here
+    # ---- what is there, and does it fit: whatever can be refused is refused here
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     compute_dtype = getattr(torch, dtype or ("bfloat16" if where.type == "cuda" else "float32"))
-    if global_batch_size % micro_batch_size:
+    accumulation, rest = divmod(global_batch_size, micro_batch_size)
+    if rest:
         raise ValueError(
-            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size}"
+            f"global_batch_size {global_batch_size} is no multiple of micro_batch_size {micro_batch_size}"
         )
-    accumulation = global_batch_size // micro_batch_size
-    found = models.checkpoints(out_dir)
-    if not resume and (found or (Path(out_dir) / "metrics.jsonl").exists()):
+    if isinstance(teacher, dict) and save_every:
+        raise ValueError("teacher is a shape, not a model, so nothing can be saved: set save_every to 0")
+    found, log_file = models.checkpoints(out_dir), Path(out_dir) / "metrics.jsonl"
+    if not resume and (found or (log_file.exists() and save_every)):
         raise ValueError(
-            f"{out_dir} holds a run; --resume=True goes on with it, --out_dir=DIR starts another"
+            f"{out_dir} holds a run; go on with it by --resume=True, or choose another --out_dir"
         )
     model = build_model(compute_dtype).to(where)
     clone = isinstance(model, models.LowRankClone)
-    tokenizer_dir = tokenizer or teacher
-    if data == "data/quickstart/corpus" and not Path(data).exists():
-        write_shards("stdlib", data, "data/quickstart/teacher")
-    sources = {data: None} if isinstance(data, str) else data
-    train_data = Mixture(sources, "tokens", seq_len, seed)
-    heldout = Mixture(dict.fromkeys(sources), "heldout", seq_len, 0)
-    check_vocabulary(train_data, model.config, tokenizer_dir)
+    tokenizer_dir = tokenizer or (teacher if isinstance(teacher, str) else None)
+    train_data, heldout = open_data(model.config.vocab_size, tokenizer_dir)
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -251,40 +321,37 @@ def main() -> None:
     ]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
     start = load_checkpoint(found[-1], model, optimizer) if resume and found else 0
+    if compile:
+        model.run_block = torch.compile(model.run_block)
+    if activation_checkpointing:
+        model.run_block = functools.partial(checkpoint, model.run_block, use_reentrant=False)
 
     # ---- what was derived
-    count = sum(p.numel() for p in parameters)
-    student = f"student {model.config.hidden_size} wide, " if clone else ""
-    print(
-        f"{where} ({torch.get_num_threads()} threads), torch {torch.__version__}, computing in {compute_dtype}"
-    )
+    tokens_per_step = global_batch_size * seq_len
+    print(f"{where} ({torch.get_num_threads()} threads), torch {torch.__version__}, {compute_dtype}")
     if clone:
-        total = sum(p.numel() for p in model.teacher.parameters())
-        print(f"teacher {teacher}: {total:,} parameters, frozen, {model.teacher.config.hidden_size} wide")
-    print(f"{student}{count:,} parameters to train")
+        frozen = sum(p.numel() for p in model.teacher.parameters())
+        print(f"teacher: {frozen:,} parameters, frozen; hidden size {model.teacher.config.hidden_size}")
+    trained = sum(p.numel() for p in parameters)
+    role = "student" if clone else "model"
+    print(f"{role}: {trained:,} trained parameters; hidden size {model.config.hidden_size}")
     print(
-        f"{global_batch_size * seq_len:,} tokens a step in {accumulation} micro-batches, {max_steps:,} steps, "
-        f"{max_steps * global_batch_size * seq_len:,} tokens of {train_data.total * seq_len:,} "
-        f"({max_steps * global_batch_size / train_data.total:.2f} epochs)"
-    )
-    os.makedirs(out_dir, exist_ok=True)
-    log_file = Path(out_dir) / "metrics.jsonl"
-    kept = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
-    log_file.write_text(
-        "".join(line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= start)
+        f"{max_steps:,} steps of {tokens_per_step:,} tokens in {accumulation} micro-batches: "
+        f"{max_steps * tokens_per_step:,} tokens, {max_steps * global_batch_size / train_data.total:.2f} epochs"
     )
     if start:
-        print(f"resumed from {found[-1]} at step {start}")
+        print(f"resumed from {found[-1]}")
+    os.makedirs(out_dir, exist_ok=True)
+    lines = log_file.read_text().splitlines() if start else []
+    log_file.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
 
     def log(step: int, values: dict) -> None:
         with open(log_file, "a") as file:
-            file.write(
-                json.dumps({"step": step, "tokens": step * global_batch_size * seq_len, **values}) + "\n"
-            )
+            file.write(json.dumps({"step": step, "tokens": step * tokens_per_step, **values}) + "\n")
 
     # ---- the loop
     bar = tqdm(total=max_steps, initial=start, desc="training", unit="step")
-    model.train()
+    rates, seconds = [matmul_rate(where, compute_dtype)] if benchmark else [], []
     sums, logged, since = {}, start, time.perf_counter()
     for step in range(start, max_steps):
         lr = learning_rate_at(step)
@@ -298,60 +365,57 @@ def main() -> None:
             first = step * global_batch_size + micro * micro_batch_size
             tokens = torch.from_numpy(train_data.batch(first, micro_batch_size)).to(where)
             shared = {"student": held} if clone else {}
-            num_labels = global_batch_size * seq_len
-            losses = model(tokens[:, :-1], tokens[:, 1:], num_labels, 1 / accumulation, **shared)
+            losses = model(tokens[:, :-1], tokens[:, 1:], tokens_per_step, 1 / accumulation, **shared)
             losses["loss"].backward()
             for name, value in metrics_of(model, losses).items():
                 sums[name] = sums.get(name, 0.0) + value
         if held is not composed:
             model.release(composed, held)
+        del composed, held, losses
 
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        done = step + 1
+        done, last = step + 1, step + 1 == max_steps
         bar.update()
-        if done % log_every == 0 or done == max_steps:
+        if done % log_every == 0 or last or benchmark:
             mean = {name: value.item() / (done - logged) for name, value in sums.items()}
-            speed = (done - logged) * global_batch_size * seq_len / (time.perf_counter() - since)
-            log(
-                done, {**mean, "grad_norm": grad_norm.item(), "learning_rate": lr, "tokens_per_second": speed}
-            )
+            seconds.append(time.perf_counter() - since)
+            speed = (done - logged) * tokens_per_step / seconds[-1]
+            mean |= {"grad_norm": grad_norm.item(), "learning_rate": lr, "tokens_per_second": speed}
+            log(done, mean | {"peak_memory_gib": peak_memory_gib(where)})
             bar.set_postfix_str(f"loss {mean['loss']:.3f}, lm {mean['lm']:.3f}, {speed:,.0f} tok/s")
             sums, logged, since = {}, done, time.perf_counter()
-        if done % eval_every == 0 or done == max_steps:
+        if eval_every and (done % eval_every == 0 or last):
             values = evaluate(model, heldout, where)
             log(done, values)
-            tqdm.write(
-                f"step {done}: "
-                + ", ".join(f"{k[4:]} {v:.4f}" for k, v in values.items() if "clone_" not in k)
+            shown = ", ".join(
+                f"{name[4:]} {value:.4f}" for name, value in values.items() if "clone_" not in name
             )
+            tqdm.write(f"step {done}, held out: {shown}")
             since = time.perf_counter()
-        if done % save_every == 0 or done == max_steps:
+        if save_every and (done % save_every == 0 or last):
             save_checkpoint(model, optimizer, done, tokenizer_dir)
             since = time.perf_counter()
     bar.close()
 
     # ---- what came of it
+    if benchmark:
+        report_benchmark(model, seconds, [*rates, matmul_rate(where, compute_dtype)], where)
     if sample_prompt and tokenizer_dir:
-        tokens = load_tokenizer(tokenizer_dir)
-        bos, eos = special_ids(tokens, tokenizer_dir)
-        speakers = {"student": model.merge(), "teacher": model.teacher} if clone else {"model": model}
-        for name, llama in speakers.items():
-            ids = bos + tokens.encode(sample_prompt, add_special_tokens=False).ids
-            new = [token for (token,) in generate(llama, [ids], 64, 0.8, top_p=0.9, seed=1, stop_ids=(eos,))]
-            text = tokens.decode([token for token in new if token is not None])
-            print(f"\n--- {name}\n{sample_prompt}{text}")
-    print(
-        f"\nheld out: student {values['val_lm']:.4f}, teacher {values['val_teacher_lm']:.4f}, "
-        if clone
-        else "\nheld out: ",
-        end="",
-    )
-    print(f"KL {values['val_kl']:.4f} (nats a token)" if clone else f"{values['val_lm']:.4f} nats a token")
-    print(f"sample it:   python sample.py --model={out_dir}")
-    print(f"export it:   python convert.py --checkpoint={out_dir} --out=student")
+        print_samples(
+            {"student": model.merge(), "teacher": model.teacher} if clone else {"model": model}, tokenizer_dir
+        )
+    if eval_every and start < max_steps:
+        teachers = f", teacher {values['val_teacher_lm']:.4f}, KL {values['val_kl']:.4f}" if clone else ""
+        print(f"\nheld-out loss, nats a token: {role} {values['val_lm']:.4f}{teachers}")
+    if save_every:
+        print(f"sample it:           python sample.py --model={out_dir}")
+        print(f"export it:           python convert.py --checkpoint={out_dir} --out=student")
+        print(
+            "clone a real model:  python train.py config/smollm2_135m.py  (that file says what to download)"
+        )
 
 
 if __name__ == "__main__":

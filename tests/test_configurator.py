@@ -1,0 +1,154 @@
+"""Options from config files and the command line: what is accepted, what is refused and how it is told."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import configurator
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = '''"""What the script does."""
+from typing import Literal
+
+steps = 10  # how many
+rate = 0.5  # how fast
+name = "a"  # what it is called
+flag = False  # whether
+sizes: tuple = ()  # a tuple
+source: str | None = None  # where from
+data: dict | str = "d"  # one or several
+schedule: Literal["linear", "cosine"] = "linear"  # which
+dtype: Literal["float32", "bfloat16"] | None = None  # to compute in
+
+computed = len("not an option")
+later = 1
+'''
+DEFAULTS = {
+    "steps": 10, "rate": 0.5, "name": "a", "flag": False, "sizes": (), "source": None, "data": "d",
+    "schedule": "linear", "dtype": None,
+}  # fmt: skip
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """configure(*arguments, config=text) -> values; the text becomes a config file, the first argument."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+
+    def call(*arguments, config=None):
+        if config is not None:
+            (tmp_path / "config.py").write_text(config)
+            arguments = (str(tmp_path / "config.py"), *arguments)
+        namespace = {"__file__": str(script), "__doc__": "What the script does."}
+        values = configurator.configure(namespace, list(arguments))
+        assert {name: namespace[name] for name in values} == values
+        return values
+
+    return call
+
+
+def test_options_end_at_the_first_computed_value(configure):
+    assert configure() == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    "argument, expected",
+    [
+        ("--steps=3", 3),
+        ("--rate=2", 2.0),  # an int for a float
+        ("--rate=1e-3", 1e-3),
+        ("--flag=True", True),
+        ("--name=b", "b"),
+        ("--name=7", "7"),
+        ("--name=", ""),
+        ("--name=x=y", "x=y"),
+        ("--sizes=(1, 'b')", (1, "b")),
+        ("--source=None", None),
+        ("--source=models/x", "models/x"),
+        ("--data={'a': 1e9, 'b': None}", {"a": 1e9, "b": None}),
+        ("--data=shards", "shards"),
+        ("--schedule=cosine", "cosine"),
+        ("--dtype=bfloat16", "bfloat16"),
+        ("--dtype=None", None),
+    ],
+)
+def test_command_line_values(configure, argument, expected, capsys):
+    name = argument[2:].partition("=")[0]
+    values = configure(argument)
+    assert values == DEFAULTS | {name: expected}
+    assert type(values[name]) is type(expected)
+    out = capsys.readouterr().out
+    assert (f"{name} = {expected!r}" in out) == (expected != DEFAULTS[name])
+
+
+def test_a_config_file_reads_options_and_the_command_line_wins(configure):
+    text = "import math\n_private = 3\nsteps = 2 * steps\nrate = 1\nname = 'c'\n"
+    values = configure("--name=d", config=text)
+    assert values == DEFAULTS | {"steps": 20, "rate": 1.0, "name": "d"}
+    assert type(values["rate"]) is float
+
+
+@pytest.mark.parametrize(
+    "arguments, config, words",
+    [
+        (["--step=3"], None, ["command line", '"step"', 'did you mean "steps"', "--help"]),
+        (["--qqqqqq=3"], None, ['unknown option "qqqqqq"', "--help"]),
+        (["--later=3"], None, ['unknown option "later"']),
+        (["--steps=1.5"], None, ["steps is 1.5", "must be int"]),
+        (["--steps=True"], None, ["steps is True", "must be int"]),
+        (["--steps=many"], None, ["steps is 'many'", "must be int"]),
+        (["--steps=None"], None, ["steps is None", "must be int"]),
+        (["--rate=fast"], None, ["rate is 'fast'", "must be float"]),
+        (["--flag=1"], None, ["flag is 1", "must be bool"]),
+        (["--sizes=3"], None, ["sizes is 3", "must be tuple"]),
+        (["--schedule=cos"], None, ["schedule is 'cos'", "linear | cosine"]),
+        (["--dtype=float64"], None, ["dtype is 'float64'", "float32 | bfloat16", "None"]),
+        (["--flag"], None, ['"--flag" has no value', "--flag=VALUE"]),
+        (["flag=True"], None, ['"flag=True"', "neither a config file"]),
+        (["no/such.py"], None, ["no/such.py does not exist"]),
+        ([], "stepz = 3", ["config.py", '"stepz"', 'did you mean "steps"']),
+        ([], "steps = '3'", ["config.py", "steps is '3'", "must be int"]),
+        ([], "data = 3", ["data is 3", "must be dict or str"]),
+        ([], "source = 3", ["source is 3", "must be str or None"]),
+        ([], "steps = 1 / 0", ["config.py", "ZeroDivisionError"]),
+        ([], "steps = = 1", ["config.py", "SyntaxError"]),
+    ],
+)
+def test_refusals_are_one_line_and_exit_2(configure, arguments, config, words, capsys):
+    with pytest.raises(SystemExit) as exit:
+        configure(*arguments, config=config)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert [word for word in words if word not in error] == []
+
+
+def test_a_script_refuses_before_it_imports_torch():
+    command = [sys.executable, "-X", "importtime", "train.py", "--bogus=1"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    imported = [line for line in run.stderr.splitlines() if line.startswith("import time:")]
+    other = [line for line in run.stderr.splitlines() if line not in imported]
+    assert run.returncode == 2 and run.stdout == ""
+    assert len(other) == 1 and 'unknown option "bogus"' in other[0]
+    assert imported and not [line for line in imported if line.split("|")[-1].strip() in ("torch", "numpy")]
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "convert.py", "prepare.py"])
+def test_help_prints_every_option(script, capsys):
+    options = configurator.read_options((ROOT / script).read_text())
+    with pytest.raises(SystemExit) as exit:
+        configurator.configure({"__file__": str(ROOT / script), "__doc__": "Docs."}, ["--help"])
+    out = capsys.readouterr().out
+    assert exit.value.code == 0 and out.startswith("Docs.")
+    assert len(options) > 3
+    for name, (default, _, comment) in options.items():
+        assert f"  --{name}={default!r}" in out
+        assert comment and comment in out, f"{name} has no trailing comment"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.name)
+def test_shipped_configs_fit_train(path):
+    values = configurator.configure({"__file__": str(ROOT / "train.py"), "__doc__": ""}, [str(path)])
+    assert values["global_batch_size"] % values["micro_batch_size"] == 0
