@@ -489,6 +489,20 @@ class Llama(nn.Module):
             )
         return rms_norm(x, self.norm, self.config.rms_norm_eps)
 
+    @torch.no_grad()
+    def channel_energy(self, ids: Tensor) -> Tensor:
+        """Mean square of each channel of the residual stream [D], each token's normalised, over layers and
+        ids.
+        """
+        rope = rope_table(self.config, torch.arange(ids.shape[1], device=ids.device))
+        x = F.embedding(ids, self.embedding).to(self.dtype)
+        energy = torch.zeros(x.shape[-1], dtype=torch.float64, device=x.device)
+        for layer in self.layers:
+            x = plain_block(x, layer.weights(self.dtype), self.config, rope)
+            square = x.double().square()
+            energy += (square / square.sum(-1, keepdim=True)).mean((0, 1))
+        return energy / len(self.layers)
+
     def logits(self, ids: Tensor, **kwargs) -> Tensor:
         """ids [B, T] -> logits [B, T, V], float32."""
         return (self.hidden_states(ids, **kwargs) @ self.head_weight().T).float()
@@ -512,7 +526,9 @@ class CloneConfig:
 
     share_qkv, share_gate_up: one projection for q, k, v (gate, up), whose clone losses become one loss on
     their input (paper, Table 7). clone_attn_out, clone_mlp_out: compare in the "student"'s space (paper) or
-    the "teacher"'s (attn_out in the authors' code). clone_skip: clone terms to leave out, by name.
+    the "teacher"'s (attn_out in the authors' code). clone_scale: "teacher" divides each term by the mean
+    square of the teacher's activation, so that no layer drowns the others. clone_skip: clone terms to leave
+    out, by name.
     """
 
     student_hidden_size: int
@@ -526,6 +542,7 @@ class CloneConfig:
     clone_weight: float = 0.2
     clone_attn_out: str = "student"
     clone_mlp_out: str = "student"
+    clone_scale: str = "none"
     clone_skip: tuple = ()
     clone_skip_layers: tuple = ()
 
@@ -566,26 +583,27 @@ class CloneLayer(nn.Module):
 class MeanSquaredError(torch.autograd.Function):
     """Mean of (student - teacher P)² in float32; P [d_T, d_S] or None, and then of (student - teacher)².
 
-    student [B, T, d_S], teacher [B, T, d_T] without gradient. Keeps the difference and P's gradient, formed
-    here, for backward, and nothing of the teacher.
+    student [B, T, d_S], teacher [B, T, d_T] without gradient; relative: over the mean of teacher². Keeps the
+    difference and P's gradient, formed here, for backward, and nothing of the teacher.
     """
 
     @staticmethod
-    def forward(ctx, student, teacher, projection):
+    def forward(ctx, student, teacher, projection, relative):
         target = teacher if projection is None else teacher @ projection
         difference = student - target
         ctx.projection_grad = None
         if ctx.needs_input_grad[2]:
             ctx.projection_grad = teacher.flatten(0, 1).T @ difference.flatten(0, 1)
-        ctx.save_for_backward(difference)
-        return difference.float().square().mean()
+        scale = 1 / teacher.float().square().mean() if relative else torch.ones((), device=teacher.device)
+        ctx.save_for_backward(difference, scale)
+        return difference.float().square().mean() * scale
 
     @staticmethod
     def backward(ctx, grad):
-        (difference,) = ctx.saved_tensors
-        scale = grad * (2 / difference.numel())
+        difference, scale = ctx.saved_tensors
+        scale = (grad * scale * (2 / difference.numel())).to(difference.dtype)
         projection_grad = None if ctx.projection_grad is None else ctx.projection_grad * -scale
-        return difference * scale, None, projection_grad
+        return difference * scale, None, projection_grad, None
 
 
 def clone_block(x_t, x_s, teacher, student, teacher_config, student_config, rope, clone, terms):
@@ -611,7 +629,7 @@ def clone_block(x_t, x_s, teacher, student, teacher_config, student_config, rope
         elif name in ("attn_out", "mlp_out"):
             name = "o" if name == "attn_out" else "down"
             source, projection = s[name], student[f"P_{name}"]
-        losses.append(MeanSquaredError.apply(source, t[name], projection))
+        losses.append(MeanSquaredError.apply(source, t[name], projection, clone.clone_scale == "teacher"))
     return x_t, x_s, losses
 
 
@@ -655,14 +673,40 @@ class LowRankClone(nn.Module):
         """{name: parameter} of everything that trains; what a checkpoint holds."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("teacher.")}
 
-    def init_weights(self, seed: int, std: float = 0.02) -> "LowRankClone":
-        """Projections N(0, std), norms one, as the authors' code; the same on any device."""
+    def init_weights(
+        self, seed: int, init: str = "random", calibration: Tensor | None = None
+    ) -> "LowRankClone":
+        """Projections and norms by `init`; the same for the same seed and calibration ids [B, T].
+
+        "random": N(0, 0.02) and ones, as the authors' code. "orthogonal": orthonormal columns and ones.
+        "channel" (after arXiv 2605.29327): every projection selects the d_S channels of the residual stream
+        that carry most of its energy on the calibration batch, and the norms are the teacher's there.
+        """
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.trained().items():
             if name.endswith("norm"):
                 nn.init.ones_(weight)
+            elif init == "orthogonal":
+                gaussian = torch.empty(weight.shape).normal_(generator=generator)
+                weight.data.copy_(torch.linalg.qr(gaussian).Q)
             else:
-                weight.data.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
+                weight.data.copy_(torch.empty(weight.shape).normal_(0.0, 0.02, generator=generator))
+        if init == "channel":
+            d_s = self.config.hidden_size
+            energy = self.teacher.channel_energy(calibration)
+            chosen = energy.topk(d_s).indices.sort().values
+            # x / rms(x) of the chosen channels alone is smaller by this than among all
+            scale = (energy[chosen].sum() / energy.sum() * energy.numel() / d_s).sqrt()
+            selection = F.one_hot(chosen, energy.numel()).T.float()
+            norms = {f"layers.{i}.": layer for i, layer in enumerate(self.teacher.layers)} | {
+                "": self.teacher
+            }
+            for name, weight in self.trained().items():
+                if name.endswith("norm"):
+                    owner = norms[name[: name.rindex(".") + 1] if "." in name else ""]
+                    weight.data.copy_(getattr(owner, name.split(".")[-1])[chosen] * scale)
+                else:
+                    weight.data.copy_(selection)
         return self
 
     def compose(self) -> dict:

@@ -18,6 +18,9 @@ model_config: dict | str | None = (
     None  # shape of a plain LM: fields of a config.json, or a directory with one
 )
 tokenizer: str | None = None  # directory whose tokenizer goes into the checkpoints; None: the teacher's
+init: Literal["random", "orthogonal", "channel"] = (
+    "random"  # of the projections; random: the authors' N(0, 0.02)
+)
 share_qkv = False  # one projection for q, k and v, and one clone loss on their input in place of three
 share_gate_up = False  # one projection for gate and up, likewise
 tie_head_projection = True  # one projection for embedding and LM head
@@ -29,6 +32,9 @@ kl_temperature = 40.0  # T of the KL term
 clone_weight = 0.2  # the sum of all clone losses (paper: alpha); 0 leaves them out
 clone_attn_out: Literal["student", "teacher"] = "student"  # compared in whose space (authors' code: teacher)
 clone_mlp_out: Literal["student", "teacher"] = "student"  # likewise, for the FFN's output
+clone_scale: Literal["none", "teacher"] = (
+    "none"  # teacher: each term over the mean square of the teacher's side
+)
 clone_skip: tuple = ()  # clone terms to leave out: q k v attn_out gate up mlp_out (shared: attn_in mlp_in)
 clone_skip_layers: tuple = ()  # layers without clone losses, by index
 # data
@@ -71,6 +77,7 @@ if __name__ == "__main__":
 
     options = configure(globals())
 
+import dataclasses
 import functools
 import json
 import math
@@ -109,28 +116,22 @@ def learning_rate_at(step: int) -> float:
 
 
 def build_model(compute_dtype: torch.dtype):
-    """The clone or the plain LM that the options describe, with new weights."""
+    """The clone or the plain LM that the options describe, its own weights not yet set."""
     if teacher is not None:
         if isinstance(teacher, dict):  # a random teacher of that shape, to measure with
             config = models.ModelConfig.from_hf(teacher, "teacher")
             big = models.Llama(config, compute_dtype).init_weights(seed).to(compute_dtype)
         else:
             big = models.load_model(teacher, compute_dtype)
-        clone = models.LowRankClone(
-            big, student_hidden_size, share_qkv=share_qkv,
-            share_gate_up=share_gate_up, tie_head_projection=tie_head_projection,
-            student_rms_norm_eps=student_rms_norm_eps, lm_weight=lm_weight, kl_weight=kl_weight,
-            kl_temperature=kl_temperature, clone_weight=clone_weight, clone_attn_out=clone_attn_out,
-            clone_mlp_out=clone_mlp_out, clone_skip=clone_skip, clone_skip_layers=clone_skip_layers,
-        )  # fmt: skip
-        return clone.init_weights(seed)
+        names = {field.name for field in dataclasses.fields(models.CloneConfig)}
+        return models.LowRankClone(big, **{name: globals()[name] for name in names})
     if model_config is None:
         raise ValueError("teacher is None, so a plain LM is trained: give its shape as model_config")
     if isinstance(model_config, str):
         config = models.read_config(model_config)
     else:
         config = models.ModelConfig.from_hf(model_config, "model_config")
-    return models.Llama(config, compute_dtype).init_weights(seed)
+    return models.Llama(config, compute_dtype)
 
 
 def open_data(vocab_size: int, tokenizer_dir: str | None):
@@ -221,9 +222,7 @@ def report_benchmark(model, seconds: list[float], rates: list[float], where: tor
     tokens = global_batch_size * seq_len
     parts, median, rate = models.flops(model, tokens, seq_len), statistics.median(seconds[1:]), max(rates)
     parts["all"] = sum(parts.values())
-    print(
-        f"first step {seconds[0]:.2f} s, then {median:.3f} s (median of {len(seconds) - 1}, from {min(seconds):.3f})"
-    )
+    print(f"first step {seconds[0]:.2f} s, then a median of {median:.3f} s")
     for name, value in parts.items():
         print(f"  {name:14}{value / tokens / 1e6:9.1f} MFLOP a token {value / 1e9:10.1f} GFLOP a step")
     numbers = {
@@ -314,6 +313,11 @@ def main() -> None:
     tokenizer_dir = tokenizer or (teacher if isinstance(teacher, str) else None)
     train_data, heldout = open_data(model.config.vocab_size, tokenizer_dir)
 
+    if clone:
+        calibration = torch.from_numpy(train_data.batch(0, micro_batch_size)[:, :-1]).to(where)
+        model.init_weights(seed, init, calibration)
+    else:
+        model.init_weights(seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
@@ -337,7 +341,7 @@ def main() -> None:
     print(f"{role}: {trained:,} trained parameters; hidden size {model.config.hidden_size}")
     print(
         f"{max_steps:,} steps of {tokens_per_step:,} tokens in {accumulation} micro-batches: "
-        f"{max_steps * tokens_per_step:,} tokens, {max_steps * global_batch_size / train_data.total:.2f} epochs"
+        f"{max_steps * tokens_per_step:,} in all, {max_steps * global_batch_size / train_data.total:.2g} epochs"
     )
     if start:
         print(f"resumed from {found[-1]}")

@@ -145,7 +145,8 @@ def test_help_prints_every_option(script, capsys):
     assert len(options) > 3
     for name, (default, _, comment) in options.items():
         assert f"  --{name}={default!r}" in out
-        assert comment and comment in out, f"{name} has no trailing comment"
+        assert comment, f"{name} has no trailing comment"
+        assert comment in out
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.name)
