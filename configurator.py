@@ -35,20 +35,23 @@ def read_options(source: str) -> dict[str, tuple[object, object, str]]:
             name, annotation = node.target.id, ast.unparse(node.annotation)
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             name, annotation = node.targets[0].id, None
+        elif isinstance(node, ast.If):
+            break  # if __name__ == "__main__": configure(globals())
         else:
             continue
-        try:
-            default = ast.literal_eval(node.value)
-        except ValueError:
-            break  # the first computed value ends the options
+        default = ast.literal_eval(node.value)
         allowed = eval(annotation, {"Literal": typing.Literal}) if annotation else type(default)
-        options[name] = (default, allowed, comments.get(node.end_lineno, ""))
+        options[name] = (
+            default,
+            allowed,
+            " ".join(comments[n] for n in range(node.lineno, node.end_lineno + 1) if n in comments),
+        )
     return options
 
 
 def type_name(allowed) -> str:
     """An allowed type as a user would write it: "int", "str or None", "linear | cosine"."""
-    if isinstance(allowed, types.UnionType):
+    if typing.get_origin(allowed) in (types.UnionType, typing.Union):
         return " or ".join(type_name(member) for member in typing.get_args(allowed))
     if typing.get_origin(allowed) is typing.Literal:
         return " | ".join(str(choice) for choice in typing.get_args(allowed))
@@ -59,7 +62,7 @@ def accept(value, allowed):
     """`value` as one of the allowed type (an int becomes a float where a float is wanted), or raises
     TypeError.
     """
-    if isinstance(allowed, types.UnionType):
+    if typing.get_origin(allowed) in (types.UnionType, typing.Union):
         members = typing.get_args(allowed)
         # bool is an int to Python and an int a float to the reader: the exact type first
         for member in sorted(members, key=lambda member: type(value) is not member):

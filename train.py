@@ -10,17 +10,11 @@ made python train.py config/X.py --resume=True         # goes on from the last c
 from typing import Literal
 
 # what to train
-teacher: str | dict | None = (
-    "data/quickstart/teacher"  # Hugging Face directory to clone; None: train a plain LM
-)
+teacher: str | dict | None = "data/quickstart/teacher"  # Hugging Face directory to clone; None: a plain LM
 student_hidden_size = 96  # d_S, width of the student's residual stream; its other sizes are the teacher's
-model_config: dict | str | None = (
-    None  # shape of a plain LM: fields of a config.json, or a directory with one
-)
+model_config: dict | str | None = None  # shape of a plain LM: config.json's fields, or its directory
 tokenizer: str | None = None  # directory whose tokenizer goes into the checkpoints; None: the teacher's
-init: Literal["random", "orthogonal", "channel"] = (
-    "random"  # of the projections; random: the authors' N(0, 0.02)
-)
+init: Literal["random", "orthogonal", "channel"] = "channel"  # of the projections; paper: random, N(0, 0.02)
 share_qkv = False  # one projection for q, k and v, and one clone loss on their input in place of three
 share_gate_up = False  # one projection for gate and up, likewise
 tie_head_projection = True  # one projection for embedding and LM head
@@ -28,26 +22,22 @@ student_rms_norm_eps = 1e-5  # epsilon of the student's RMSNorms
 # loss: lm_weight · CE + kl_weight · T² · KL + clone_weight · Σ clone terms
 lm_weight = 1.0  # next-token cross entropy
 kl_weight = 1.0  # KL(teacher ‖ student) at kl_temperature, per token and times T²
-kl_temperature = 40.0  # T of the KL term
+kl_temperature = 1.0  # T of the KL term (paper: 40)
 clone_weight = 0.2  # the sum of all clone losses (paper: alpha); 0 leaves them out
 clone_attn_out: Literal["student", "teacher"] = "student"  # compared in whose space (authors' code: teacher)
 clone_mlp_out: Literal["student", "teacher"] = "student"  # likewise, for the FFN's output
-clone_scale: Literal["none", "teacher"] = (
-    "none"  # teacher: each term over the mean square of the teacher's side
-)
+clone_scale: Literal["none", "teacher"] = "teacher"  # teacher: each term over its activation's mean square
 clone_skip: tuple = ()  # clone terms to leave out: q k v attn_out gate up mlp_out (shared: attn_in mlp_in)
 clone_skip_layers: tuple = ()  # layers without clone losses, by index
 # data
-data: str | dict | None = (
-    "data/quickstart/corpus"  # shard directory, or {directory: token budget, None for all}
-)
+data: str | dict | None = "data/quickstart/corpus"  # shard directory, or {directory: token budget or None}
 seq_len = 256  # tokens in a block
 global_batch_size = 16  # blocks a step, over all devices and micro-batches
 micro_batch_size = 16  # blocks of one forward pass; global_batch_size / micro_batch_size are accumulated
 seed = 1  # of the initial weights and the order of the data
 # optimizer: AdamW
-max_steps = 130  # optimizer steps of the run
-learning_rate = 5e-3  # peak
+max_steps = 100  # optimizer steps of the run
+learning_rate = 3e-3  # peak
 lr_schedule: Literal["linear", "cosine", "warmup_stable_decay", "constant"] = "linear"  # after the warmup
 warmup_ratio = 0.05  # of max_steps, linear from 0
 decay_ratio = 0.1  # of max_steps, the last part of warmup_stable_decay
@@ -58,12 +48,10 @@ max_grad_norm = 1.0  # gradients are scaled down to this norm; 0 does not
 # run
 out_dir = "out/quickstart"  # checkpoints and metrics.jsonl; must be new, or resumed
 resume = False  # go on from the last checkpoint in out_dir, if there is one
-save_every = 1000  # steps between checkpoints; one is always made at the end; 0: none at all
+save_every = 1000  # steps between checkpoints, besides the one at the end; 0: none at all
 keep_last = 2  # checkpoints to keep
 log_every = 10  # steps between lines of metrics.jsonl
-eval_every = (
-    500  # steps between evaluations on the held-out blocks; one is always made at the end; 0: none at all
-)
+eval_every = 500  # steps between evaluations on held-out blocks, besides the one at the end; 0: none at all
 eval_blocks = 128  # held-out blocks of an evaluation
 sample_prompt = "def "  # the student and the teacher continue it at the end of the run; "" does not
 compile = False  # torch.compile of one layer, used for all
@@ -339,10 +327,9 @@ def main() -> None:
     trained = sum(p.numel() for p in parameters)
     role = "student" if clone else "model"
     print(f"{role}: {trained:,} trained parameters; hidden size {model.config.hidden_size}")
-    print(
-        f"{max_steps:,} steps of {tokens_per_step:,} tokens in {accumulation} micro-batches: "
-        f"{max_steps * tokens_per_step:,} in all, {max_steps * global_batch_size / train_data.total:.2g} epochs"
-    )
+    total, epochs = max_steps * tokens_per_step, max_steps * global_batch_size / train_data.total
+    print(f"{max_steps:,} steps of {tokens_per_step:,} tokens in {accumulation} micro-batches")
+    print(f"{total:,} tokens in all, {epochs:.2g} epochs of the data")
     if start:
         print(f"resumed from {found[-1]}")
     os.makedirs(out_dir, exist_ok=True)

@@ -198,3 +198,164 @@ def test_prepare_puts_bos_first_and_splits_by_content(work, corpus, teacher):
     for split in ("tokens", "heldout"):
         expected = [[bos, *document] for document in reversed(documents_of(corpus, split))]
         assert documents_of(work / "back", split) == expected
+
+
+# ---- clone, convert, transformers
+
+
+def test_clone_converts_to_a_transformers_model(runs, exported):
+    clone = models.load_clone(runs["clone"] / "step_00000020")
+    student = transformers_model(exported["float32"])
+    assert student.config.hidden_size == 24 and student.config.vocab_size == 4096
+    ids = ids_of(2, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(student(ids).logits, clone.logits(ids), rtol=0, atol=1e-4)
+    text = DOCUMENTS[4]
+    ours = Tokenizer.from_file(str(BUNDLED / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    assert AutoTokenizer.from_pretrained(exported["float32"])(text)["input_ids"] == ours
+
+
+def test_convert_to_bfloat16_rounds_the_weights_once(exported):
+    full, half = (load_file(out / "model.safetensors") for out in exported.values())
+    assert full.keys() == half.keys()
+    for name, weight in full.items():
+        assert weight.dtype == torch.float32 and half[name].dtype == torch.bfloat16
+        assert torch.equal(half[name], weight.bfloat16()), name
+    assert transformers_model(exported["bfloat16"]).dtype == torch.bfloat16
+    assert models.load_model(exported["bfloat16"]).config == models.load_model(exported["float32"]).config
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_greedy_decoding_is_transformers(which, exported, teacher):
+    path = exported["float32"] if which == "student" else teacher
+    ours, theirs = models.load_model(path), transformers_model(path)
+
+    def both(prompts, new, stop):
+        width = max(map(len, prompts))
+        padded = torch.tensor([[1] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        expected = theirs.generate(padded, attention_mask=mask, max_new_tokens=new, do_sample=False,
+                                   eos_token_id=stop, pad_token_id=stop)[:, width:].tolist()  # fmt: skip
+        expected = [row[: row.index(stop)] if stop in row else row for row in expected]
+        steps = list(generate(ours, prompts, new, stop_ids=(stop,)))
+        return expected, [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+
+    prompts = [ids_of(1, length)[0].tolist() for length in (11, 3, 7)]
+    expected, found = both(prompts[:1], 40, 0)
+    assert found == expected and len(found[0]) == 40
+    expected, found = both(prompts, 24, 0)
+    assert found == expected and len({tuple(row) for row in found}) == 3
+    stop = found[1][4]  # the second row ends early, the others go on unless they meet it too
+    expected, found = both(prompts, 24, stop)
+    assert found == expected and len(found[1]) <= 4
+
+
+# ---- plain models, resume, metrics
+
+
+def test_plain_checkpoint_is_a_transformers_directory(runs, teacher):
+    path = runs["plain"] / "step_00000004"
+    ids, theirs = ids_of(2, 40), transformers_model(path)
+    assert type(theirs) is LlamaForCausalLM and not theirs.config.tie_word_embeddings
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        torch.testing.assert_close(models.load_model(path).logits(ids), expected, rtol=0, atol=1e-4)
+    assert (path / "tokenizer.json").read_bytes() == (teacher / "tokenizer.json").read_bytes()
+    assert "def " in runs["plain"].with_name("plain.log").read_text()  # the sample at its end
+
+
+@pytest.fixture(scope="module")
+def resumed(work, teacher, corpus, runs):
+    """The runs as they stood half way, gone on with."""
+    outs = {name: work / f"resumed_{name}" for name in RUNS}
+    for name, out in outs.items():
+        shutil.copytree(runs[name], out)
+        shutil.rmtree(models.checkpoints(out)[-1])
+    calls = [("train.py", *RUNS[name](teacher, corpus, out), "--resume=True") for name, out in outs.items()]
+    for result in in_parallel(calls):
+        assert result.returncode == 0, result.stderr
+    return outs
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resume_repeats_the_uninterrupted_run(name, runs, resumed):
+    def computed(out_dir):
+        measured = ("tokens_per_second", "peak_memory_gib")
+        return [{k: v for k, v in line.items() if k not in measured} for line in metrics(out_dir)]
+
+    assert computed(resumed[name]) == computed(runs[name])
+    names = [path.name for path in models.checkpoints(runs[name])]
+    assert [path.name for path in models.checkpoints(resumed[name])] == names and len(names) == 2
+    for file in ("model.safetensors", "trainer/optimizer.safetensors"):
+        straight, again = (load_file(out[name] / names[-1] / file) for out in (runs, resumed))
+        assert straight.keys() == again.keys()
+        assert [key for key in straight if not torch.equal(straight[key], again[key])] == []
+    half, whole = (load_file(runs[name] / step / "model.safetensors") for step in names)
+    assert [key for key in half if torch.equal(half[key], whole[key])] == []  # every tensor trains
+
+
+def test_metrics(runs):
+    lines = metrics(runs["clone"])
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == [5, 10, 15, 20]
+    evaluations = [line for line in lines if "val_lm" in line]
+    assert [line["step"] for line in evaluations] == [10, 20] and len(lines) == 6
+    terms = {f"clone_{name}" for name in ("q", "k", "v", "attn_out", "gate", "up", "mlp_out")}
+    for line in training:
+        assert line["tokens"] == line["step"] * 4 * 32
+        assert line.keys() >= {"loss", "lm", "kl", "clone", *terms, "grad_norm", "learning_rate",
+                               "tokens_per_second"}  # fmt: skip
+        assert line["clone"] == pytest.approx(sum(line[name] for name in terms), rel=1e-5)
+        # the options' defaults: weights 1, 1 and 0.2; T = 1
+        expected = line["lm"] + line["kl"] + 0.2 * line["clone"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-4)
+    for line in evaluations:
+        assert line.keys() >= {f"val_{name}" for name in ("lm", "kl", "clone", "teacher_lm", *terms)}
+    assert training[-1]["lm"] < training[0]["lm"]
+    plain = metrics(runs["plain"])
+    assert [line["step"] for line in plain if "loss" in line] == [1, 2, 3, 4]
+    assert all(line["loss"] == line["lm"] for line in plain if "loss" in line)
+    assert plain[-1].keys() == {"step", "tokens", "val_lm"}
+
+
+# ---- sampling
+
+
+def test_samples_follow_their_seed(runs, teacher):
+    clone, plain = f"--model={runs['clone']}", f"--model={runs['plain']}"
+    options = ("--prompt=x", "--max_new_tokens=12")
+    sampled = ("--temperature=1.5", "--top_k=500", "--top_p=0.99")
+    two, second, greedy, first_k = in_parallel([
+        ("sample.py", clone, *options, *sampled, "--num_samples=2", "--seed=7"),
+        ("sample.py", clone, *options, *sampled, "--seed=8"),
+        ("sample.py", plain, *options, "--temperature=0"),
+        ("sample.py", plain, *options, "--temperature=0.7", "--top_k=1", "--seed=3"),
+    ])  # fmt: skip
+    for result in (two, second, greedy, first_k):
+        assert result.returncode == 0, result.stderr
+    texts = {"two": two.stdout, "second": second.stdout}
+    _, first, again = (part.partition("x")[2] for part in texts["two"].split("--- "))
+    assert first != again and len(first) > 5
+    assert again == texts["second"].partition("x")[2].split("model = ")[-1].partition("\nx")[2]
+    assert greedy.stdout.rpartition("\nx")[2] == first_k.stdout.rpartition("\nx")[2]
+
+
+def test_pick_keeps_top_k_and_top_p():
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log().expand(2000, 4)
+
+    def share(temperature, top_k, top_p):
+        chosen = pick(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0))
+        return torch.bincount(chosen, minlength=4) / 2000
+
+    for arguments, expected in [
+        ((1.0, 0, 1.0), [0.1, 0.5, 0.15, 0.25]),
+        ((1.0, 2, 1.0), [0, 2 / 3, 0, 1 / 3]),
+        ((1.0, 0, 0.7), [0, 2 / 3, 0, 1 / 3]),
+        ((1.0, 0, 0.4), [0, 1, 0, 0]),
+        ((0.5, 2, 1.0), [0, 0.8, 0, 0.2]),
+        ((0.0, 0, 1.0), [0, 1, 0, 0]),
+    ]:
+        found = share(*arguments)
+        # four standard deviations of a share of 2000 draws
+        torch.testing.assert_close(found, torch.tensor(expected).float(), rtol=0, atol=0.045)
+        assert [p > 0 for p in found.tolist()] == [p > 0 for p in expected]

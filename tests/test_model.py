@@ -1,0 +1,641 @@
+"""model.py against the authors' numbers, transformers, and the formulas written out."""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+
+import model
+from model import ChunkedLoss, GatedLinear, Llama, LowRankClone, MeanSquaredError, ModelConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def relative(actual, expected) -> float:
+    """Largest difference over the largest expected value."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    assert actual.shape == expected.shape
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def tiny(family="llama", **changes) -> dict:
+    """A config.json without anything about positions but its default."""
+    return {
+        "model_type": family,
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 256,
+        **changes,
+    }
+
+
+def randomise(parameters, seed=0):
+    """Every weight different from what it would be were it left out: norms around 1, biases and matrices
+    around 0.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in parameters:
+        values = torch.empty(weight.shape).normal_(0.0, 0.2, generator=generator)
+        weight.data.copy_(values + ("norm" in name))
+
+
+def random_llama(seed=0, **changes) -> Llama:
+    llama = Llama(ModelConfig.from_hf(tiny(**changes)))
+    randomise(llama.named_parameters(), seed)
+    return llama
+
+
+def random_clone(teacher=None, d_s=16, **options) -> LowRankClone:
+    clone = LowRankClone(teacher or random_llama(), d_s, **options)
+    randomise(clone.trained().items(), seed=1)
+    return clone
+
+
+def random_batch(batch, length, vocab_size=96, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocab_size, (batch, length + 1), generator=generator)
+    labels = ids[:, 1:].clone()
+    labels[torch.rand(labels.shape, generator=generator) < 0.3] = -100
+    return ids[:, :-1], labels
+
+
+# ---- the authors' numbers
+
+
+@functools.cache
+def golden(case):
+    """One forward and backward pass of a case: (its numbers, our result, clone, {reference name: (ours,
+    transposed)}).
+    """
+    settings = json.loads((GOLDEN / case / "case.json").read_text())
+    numbers = load_file(GOLDEN / case / "golden.safetensors")
+    source = load_file(GOLDEN / "A_i" / "golden.safetensors") if case == "A_ii" else numbers
+    config, lrc = ModelConfig.from_hf(settings["teacher_config"]), settings["lrc"]
+    teacher = Llama(config)
+    teacher.load_state_dict({ours: source[f"teacher.{n}"] for n, (ours, _) in config.weight_names().items()})
+    clone = LowRankClone(
+        teacher,
+        lrc["target_hidden_size"],
+        tie_head_projection=bool(lrc["tie_word_emb_proj"]),
+        student_rms_norm_eps=lrc["target_rms_norm_eps"],
+        kl_weight=24 / lrc["kl_temperature"] ** 2,  # the reference sums KL over the 24 positions, without T²
+        kl_temperature=lrc["kl_temperature"],
+        clone_weight=lrc["aux_loss_scale_factor"],
+        clone_attn_out="teacher",
+    )
+    names = {"model.target_norm.weight": (clone.norm, False)}
+    names["model.zoom.weight"] = (clone.embedding_projection, True)
+    if clone.head_projection is not None:
+        names["zoom_down.weight"] = (clone.head_projection, True)
+    for i, layer in enumerate(clone.layers):
+        at, p = f"model.layers.{i}.", layer.projections
+        names |= {f"{at}self_attn.zoom_{m}.weight": (p[m], False) for m in "qkv"}
+        names |= {f"{at}mlp.zoom_{m}.weight": (p[m], True) for m in ("gate", "up", "down")}
+        names[f"{at}self_attn.zoom_down.weight"] = (p["o"], True)
+        names[f"{at}target_input_layernorm.weight"] = (layer.input_norm, False)
+        names[f"{at}target_post_attention_layernorm.weight"] = (layer.post_norm, False)
+    assert {f"train.{n}" for n in names} == {n for n in numbers if n.startswith("train.")}
+    assert len(names) == len(clone.trained())
+    for name, (ours, transposed) in names.items():
+        ours.data.copy_(numbers[f"train.{name}"].T if transposed else numbers[f"train.{name}"])
+    ids = numbers["input_ids"]
+    labels = F.pad(ids[:, 1:], (0, 1), value=-100)
+    result = clone(ids, labels)
+    result["loss"].backward()
+    result["raw_lm"] = clone(ids, labels, temperature=1.0)["teacher_lm"]
+    return numbers, result, clone, names
+
+
+CASES = pytest.mark.parametrize("case", ["A_i", "A_ii", "B_i", "C_i"])
+# Both sides are float32 in another order of summation: about 1e-6, and 1e-5 leaves room for another machine.
+GOLDEN_TOLERANCE = 1e-5
+TERMS = {"q": "attn-q-sim", "k": "attn-k-sim", "v": "attn-v-sim", "attn_out": "attn-out-sim"}
+TERMS |= {"gate": "mlp-gate", "up": "mlp-up", "mlp_out": "mlp-out"}
+
+
+@CASES
+def test_golden_losses(case):
+    numbers, result, clone, _ = golden(case)
+    ours = {
+        "total": result["loss"],
+        "target_lm": result["lm"],
+        "raw_lm": result["raw_lm"],
+        "logits_kl": result["kl"] * 24,
+    }
+    for i, row in enumerate(result["terms"]):
+        ours |= {
+            f"L{i}-{TERMS[name]}-loss": value for name, value in zip(clone.clone.terms(), row, strict=True)
+        }
+    assert {f"loss.{name}" for name in ours} == {name for name in numbers if name.startswith("loss.")}
+    errors = {name: relative(value, numbers[f"loss.{name}"].squeeze()) for name, value in ours.items()}
+    assert max(errors.values()) < GOLDEN_TOLERANCE, errors
+
+
+@CASES
+def test_golden_logits(case):
+    numbers, _, clone, _ = golden(case)
+    ids = numbers["input_ids"]
+    assert relative(clone.logits(ids)[:, 1::2], numbers["student_logits"]) < GOLDEN_TOLERANCE
+    assert relative(clone.teacher.logits(ids)[:, 1::2], numbers["teacher_logits"]) < GOLDEN_TOLERANCE
+
+
+@CASES
+def test_golden_gradients(case):
+    numbers, _, _, names = golden(case)
+    errors = {
+        name: relative(ours.grad.T if transposed else ours.grad, numbers[f"grad.{name}"])
+        for name, (ours, transposed) in names.items()
+    }
+    assert max(errors.values()) < GOLDEN_TOLERANCE, errors
+
+
+# ---- transformers
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,  # one frequency of head_dim 8 kept, one blended, two divided
+}
+FAMILIES = {
+    "llama": {"family": "llama"},
+    "llama, tied": {"family": "llama", "tie_word_embeddings": True},
+    "llama, biases": {"family": "llama", "attention_bias": True},
+    "llama, rope llama3": {"family": "llama", "rope": LLAMA3},
+    "llama, rope linear": {"family": "llama", "rope": {"rope_type": "linear", "factor": 4.0}},
+    "mistral": {"family": "mistral", "sliding_window": None},
+    "qwen2": {"family": "qwen2"},
+    "qwen2, tied": {"family": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"family": "qwen3", "head_dim": 16},
+}
+LOGIT_TOLERANCE = 1e-4  # absolute, on logits of about 1 to 10: float32 in another order
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_transformers(name, tmp_path):
+    options = dict(FAMILIES[name])
+    rope, theta = options.pop("rope", {"rope_type": "default"}), 5e5
+    config = tiny(**options)
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**config, rope_parameters={**rope, "rope_theta": theta}),
+        dtype=torch.float32,
+    )
+    randomise(theirs.named_parameters())
+    theirs.save_pretrained(tmp_path)
+    ids, _ = random_batch(2, 40)
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    old_rope = None if rope["rope_type"] == "default" else {"type": rope["rope_type"], **rope}
+    if rope["rope_type"] == "linear":
+        del old_rope["rope_type"]  # as transformers wrote it before 4.43
+    for style in (
+        {"rope_theta": theta, "rope_scaling": old_rope},
+        {"rope_parameters": {**rope, "rope_theta": theta}},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | style))
+        ours = model.load_model(tmp_path)
+        assert (ours.logits(ids) - expected).abs().max() < LOGIT_TOLERANCE, style
+    # The comparison sees each of these.
+    changes = [{"rms_norm_eps": 1e-2}, {"rope_theta": 1e4}]
+    if rope["rope_type"] != "default":
+        changes.append({"rope_scaling": None})
+    for change in changes:
+        other = Llama(ModelConfig(**(vars(ours.config) | change)))
+        other.load_state_dict(ours.state_dict())
+        assert (other.logits(ids) - expected).abs().max() > 10 * LOGIT_TOLERANCE, change
+    # And back: transformers reads what save_model writes.
+    model.save_model(ours, tmp_path / "saved", torch.float32, None)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert (back(ids).logits - expected).abs().max() < LOGIT_TOLERANCE
+
+
+def test_transformers_reads_a_student_whose_heads_do_not_divide_it(tmp_path):
+    student = random_clone(random_llama(family="qwen2"), d_s=18).merge()
+    model.save_model(student, tmp_path, torch.float32, None)
+    ids, _ = random_batch(2, 24)
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
+    assert (student.logits(ids) - theirs).abs().max() < LOGIT_TOLERANCE
+
+
+def test_cached_logits_equal_the_whole_sequence():
+    llama = random_llama()
+    ids, _ = random_batch(2, 12)
+    config = llama.config
+    shape = (2, config.num_key_value_heads, 12, config.head_dim)
+    keys_values = [(torch.zeros(shape), torch.zeros(shape)) for _ in llama.layers]
+    parts = []
+    for start, end in [(0, 9), (9, 10), (10, 11), (11, 12)]:
+        caches = [(keys, values, start) for keys, values in keys_values]
+        with torch.no_grad():
+            parts.append(llama.logits(ids[:, start:end], positions=torch.arange(start, end), caches=caches))
+    assert (torch.cat(parts, 1) - llama.logits(ids)).abs().max() < LOGIT_TOLERANCE
+    with torch.no_grad():  # several new tokens after a cache: the mask says what each sees
+        caches = [(keys, values, 9) for keys, values in keys_values]
+        mask = torch.ones(12, 12, dtype=torch.bool).tril()[9:]
+        late = llama.logits(ids[:, 9:], positions=torch.arange(9, 12), mask=mask, caches=caches)
+    assert (late - llama.logits(ids)[:, 9:]).abs().max() < LOGIT_TOLERANCE
+
+
+# ---- loading
+
+
+def test_sharded_equals_single_file(tmp_path):
+    llama = random_llama()
+    model.save_model(llama, tmp_path / "one", torch.float32, None)
+    model.save_model(llama, tmp_path / "many", torch.float32, None, max_shard_bytes=10_000)
+    assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 2
+    one, many = model.load_model(tmp_path / "one"), model.load_model(tmp_path / "many")
+    for name, weight in llama.state_dict().items():
+        assert torch.equal(one.state_dict()[name], weight) and torch.equal(many.state_dict()[name], weight)
+    next((tmp_path / "many").glob("model-00002-*")).unlink()
+    with pytest.raises(ValueError, match=r"model-00002-of-.* does not exist, but .* names it"):
+        model.load_model(tmp_path / "many")
+
+
+def test_wrong_weights_are_named(tmp_path):
+    model.save_model(random_llama(), tmp_path, torch.float32, None)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
+    weights["model.norm.weight"] = torch.ones(31)
+    save_file(weights, file)
+    with pytest.raises(ValueError) as error:
+        model.load_model(tmp_path)
+    assert "missing model.layers.1.mlp.up_proj.weight" in str(error.value)
+    assert "unexpected model.layers.0.self_attn.q_proj.bias" in str(error.value)
+    assert "model.norm.weight is [31], config.json says [32]" in str(error.value)
+
+
+def test_truncated_file_is_refused(tmp_path):
+    model.save_model(random_llama(), tmp_path, torch.float32, None)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated"):
+        model.load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("model_type", {"family": "gpt2"}),
+        ("num_local_experts", {"num_local_experts": 8}),
+        ("num_experts", {"family": "qwen3", "num_experts": 8}),
+        ("sliding_window", {"family": "mistral", "sliding_window": 128}),
+        ("sliding_window", {"family": "qwen2", "sliding_window": 128, "use_sliding_window": True}),
+        ("layer_types", {"family": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}),
+        ("hidden_act", {"hidden_act": "gelu"}),
+        ("mlp_bias", {"mlp_bias": True}),
+        ("rope_scaling type is 'yarn'", {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
+        ("rope_scaling type is 'yarn'", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}),
+        ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
+        ("quantization_config", {"quantization_config": {"quant_method": "awq"}}),
+        ("hidden_size", {"hidden_size": 0}),
+    ],
+)
+def test_unsupported_config_names_the_field(field, changes, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny(**changes)))
+    with pytest.raises(ValueError, match=f"config.json: {field}"):
+        model.load_model(tmp_path)
+
+
+def test_unused_sliding_window_is_accepted():
+    ModelConfig.from_hf(tiny(family="mistral", sliding_window=256))
+    ModelConfig.from_hf(tiny(family="qwen2", sliding_window=128, use_sliding_window=False))
+
+
+# ---- the loss head and the two functions with a backward of their own
+
+
+def direct_loss(z, labels, teacher_z, lm_scale, kl_scale, temperature):
+    """(loss, CE [N], KL [N]) of logits [N, V], as the formulas say."""
+    lm = F.cross_entropy(z, labels, ignore_index=-100, reduction="none")
+    kl = torch.zeros_like(lm)
+    if teacher_z is not None:
+        log_p, log_q = F.log_softmax(teacher_z / temperature, -1), F.log_softmax(z / temperature, -1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return lm_scale * lm.sum() + kl_scale * temperature**2 * kl.sum(), lm, kl
+
+
+def loss_inputs(dtype=torch.float32):
+    """hidden [23, D], head [V, D], labels [23] some -100, teacher's hidden and head; logits of about ±8."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.empty(shape).normal_(0.0, 1.4, generator=generator).to(dtype)
+
+    labels = torch.randint(50, (23,), generator=generator)
+    labels[[0, 7, 8, 22]] = -100
+    return normal(23, 16), normal(50, 16), labels, normal(23, 24), normal(50, 24)
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 40.0])
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_chunked_loss_equals_the_formula(chunk, temperature, teacher):
+    hidden, head, labels, *teacher_inputs = loss_inputs()
+    scales = 0.7, 0.3, temperature
+    x, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    inputs = teacher_inputs if teacher else (None, None)
+    loss, lm, kl, teacher_lm = ChunkedLoss.apply(x, w, labels, *inputs, *scales, chunk)
+    (3 * loss).backward()
+    x64, w64 = hidden.double().requires_grad_(), head.double().requires_grad_()
+    teacher_z = teacher_inputs[0].double() @ teacher_inputs[1].double().T if teacher else None
+    expected, expected_lm, expected_kl = direct_loss(x64 @ w64.T, labels, teacher_z, *scales)
+    (3 * expected).backward()
+    # Ours in float32 against float64: rounding of 6e-8 in sums of some 50 terms.
+    assert relative(loss, expected) < 1e-5 and relative(lm, expected_lm) < 1e-5
+    assert relative(x.grad, x64.grad) < 1e-5 and relative(w.grad, w64.grad) < 1e-5
+    if teacher:
+        assert relative(kl, expected_kl) < 1e-5
+        if temperature == 1.0:
+            assert relative(teacher_lm, direct_loss(teacher_z, labels, None, *scales)[1]) < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 40.0])
+def test_chunked_loss_in_bfloat16(temperature):
+    hidden, head, labels, teacher_hidden, teacher_head = loss_inputs(torch.bfloat16)
+    scales = 0.7, 0.3, temperature
+    x, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    loss, lm, kl, _ = ChunkedLoss.apply(x, w, labels, teacher_hidden, teacher_head, *scales, 5)
+    loss.backward()
+    x_direct, w_direct = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    z, teacher_z = (x_direct @ w_direct.T).float(), (teacher_hidden @ teacher_head.T).float()
+    expected, expected_lm, expected_kl = direct_loss(z, labels, teacher_z, *scales)
+    expected.backward()
+    # The same bfloat16 logits, then float32. Gradients leave in bfloat16: one rounding, 2^-8, either way.
+    assert relative(loss, expected) < 1e-5 and relative(lm, expected_lm) < 1e-5
+    assert relative(kl, expected_kl) < 1e-5
+    assert relative(x.grad, x_direct.grad) < 2**-7 and relative(w.grad, w_direct.grad) < 2**-7
+
+
+def test_loss_head_averages_over_labels_and_tokens():
+    hidden, head, labels, teacher_hidden, teacher_head = loss_inputs()
+    result = model.head_loss(
+        hidden[None], head, labels[None], (teacher_hidden[None], teacher_head), 0.5, 2.0, 40.0
+    )
+    teacher_z = teacher_hidden @ teacher_head.T
+    _, lm, kl = direct_loss(hidden @ head.T, labels, teacher_z, 1.0, 1.0, 40.0)
+    assert relative(result["lm"], lm.sum() / 19) < 1e-5  # 19 of the 23 have a label
+    assert relative(result["kl"], kl.mean()) < 1e-5
+    assert relative(result["loss"], 0.5 * lm.sum() / 19 + 2.0 * 40.0**2 * kl.mean()) < 1e-5
+    unlabelled = model.head_loss(hidden[None], head, torch.full_like(labels, -100)[None])
+    assert unlabelled["loss"] == 0
+
+
+def doubles(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.empty(s, dtype=torch.float64).normal_(generator=generator).requires_grad_() for s in shapes]
+
+
+def test_gated_linear():
+    inputs = doubles((2, 3, 5), (2, 3, 5), (4, 5))
+    gate, up, weight = inputs
+    assert torch.allclose(GatedLinear.apply(*inputs), (F.silu(gate) * up) @ weight.T, rtol=1e-12)
+    assert torch.autograd.gradcheck(GatedLinear.apply, inputs)
+    frozen = weight.detach()
+    assert torch.autograd.gradcheck(lambda gate, up: GatedLinear.apply(gate, up, frozen), (gate, up))
+
+
+@pytest.mark.parametrize("over_teacher", [False, True])
+@pytest.mark.parametrize("projected", [False, True])
+def test_mean_squared_error(projected, over_teacher):
+    student, projection, teacher = doubles((2, 3, 4), (6, 4), (2, 3, 6 if projected else 4))
+    teacher = teacher.detach()
+    inputs = (student, projection) if projected else (student,)
+    ours = MeanSquaredError.apply(student, teacher, projection if projected else None, over_teacher)
+    plain = (student - (teacher @ projection if projected else teacher)).square().mean()
+    plain = plain / teacher.square().mean() if over_teacher else plain
+    grads, expected = torch.autograd.grad(3 * ours, inputs), torch.autograd.grad(3 * plain, inputs)
+    # The mean is taken in float32, whatever comes in.
+    assert relative(ours, plain) < 1e-6
+    assert all(relative(a, b) < 1e-6 for a, b in zip(grads, expected, strict=True))
+
+
+# ---- the clone
+
+TOLERANCE = 1e-5  # float32 in another order
+
+
+def plain_terms(clone, ids):
+    """The clone losses [layers, terms], straight from the formulas: tokens through P and W in turn."""
+    teacher, options, mse = clone.teacher, clone.clone, F.mse_loss
+    rope = model.rope_table(teacher.config, torch.arange(ids.shape[1]))
+    x_t, student = teacher.embedding[ids], clone.compose()
+    x_s, rows = x_t @ clone.embedding_projection, []
+    for i, layer in enumerate(teacher.layers):
+        w, p = dict(layer.named_parameters()), clone.layers[i].projections
+        p = {name: p[home] for name, home in clone.layers[i].home.items()}
+        x_t, t = model.block(x_t, w, teacher.config, rope)
+        x_s, s = model.block(x_s, student["layers"][i], clone.config, rope)
+        reads = {"q": "attn_in", "k": "attn_in", "v": "attn_in", "gate": "mlp_in", "up": "mlp_in"}
+        row = {m: mse(F.linear(s[x] @ p[m].T, w[m], w.get(f"{m}_bias")), t[m]) for m, x in reads.items()}
+        row["attn_in"] = mse(s["attn_in"] @ p["q"].T, t["attn_in"])
+        row["mlp_in"] = mse(s["mlp_in"] @ p["gate"].T, t["mlp_in"])
+        wide = {
+            "attn_out": (F.linear(s["attended"], w["o"], w.get("o_bias")), t["o"], "o"),
+            "mlp_out": ((F.silu(s["gate"]) * s["up"]) @ w["down"].T, t["down"], "down"),
+        }
+        for name, (ours, theirs, m) in wide.items():
+            in_student = getattr(options, f"clone_{name}") == "student"
+            row[name] = mse(ours @ p[m], theirs @ p[m]) if in_student else mse(ours, theirs)
+        if options.clone_scale == "teacher":
+            sources = {"attn_out": "o", "mlp_out": "down"}
+            row = {name: term / t[sources.get(name, name)].square().mean() for name, term in row.items()}
+        rows.append(torch.stack([row[name] for name in options.terms()]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "teacher"),
+    [
+        ({}, {}),
+        ({}, {"family": "llama", "attention_bias": True}),
+        ({}, {"family": "qwen3", "head_dim": 16, "attention_bias": True}),
+        ({"clone_attn_out": "teacher", "clone_mlp_out": "teacher"}, {"family": "qwen2"}),
+        ({"clone_attn_out": "teacher"}, {"attention_bias": True}),
+        ({"share_qkv": True, "share_gate_up": True, "clone_mlp_out": "teacher"}, {}),
+        ({"clone_scale": "teacher", "clone_skip": ("k", "up")}, {}),
+    ],
+)
+def test_loss_and_gradients_equal_the_formulas(options, teacher):
+    clone = random_clone(random_llama(**teacher), lm_weight=0.5, kl_weight=0.1, **options)
+    ids, labels = random_batch(2, 10)
+    result = clone(ids, labels)
+    terms = plain_terms(clone, ids)
+    z, teacher_z = clone.logits(ids).flatten(0, 1), clone.teacher.logits(ids).flatten(0, 1)
+    scales = 0.5 / (labels != -100).sum(), 0.1 / labels.numel(), 40.0
+    total = direct_loss(z, labels.flatten(), teacher_z, *scales)[0] + 0.2 * terms.sum()
+    assert relative(result["terms"], terms) < TOLERANCE
+    assert relative(result["clone"], terms.sum()) < TOLERANCE
+    assert relative(result["loss"], total) < TOLERANCE
+    trained = clone.trained()
+    ours = torch.autograd.grad(result["loss"], trained.values())
+    expected = torch.autograd.grad(total, trained.values())
+    errors = {n: relative(a, b) for n, a, b in zip(trained, ours, expected, strict=True)}
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_head_projection": False}])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_merged_student_equals_clone(name, options):
+    config = dict(FAMILIES[name])
+    rope = config.pop("rope", None)
+    clone = random_clone(random_llama(**config, rope_scaling=rope), **options)
+    ids, _ = random_batch(2, 20)
+    merged = clone.merge()
+    assert relative(merged.logits(ids), clone.logits(ids)) < TOLERANCE
+    assert (merged.head is None) == (clone.teacher.head is None and not options)
+
+
+def test_shared_projections():
+    whole, shared = random_clone(), random_clone(share_qkv=True, share_gate_up=True)
+    assert whole.clone.terms() == ["q", "k", "v", "attn_out", "gate", "up", "mlp_out"]
+    assert shared.clone.terms() == ["attn_in", "attn_out", "mlp_in", "mlp_out"]
+    assert len(whole.trained()) == 2 * (7 + 2) + 2 and len(shared.trained()) == 2 * (4 + 2) + 2
+    assert len(random_clone(tie_head_projection=False).trained()) == len(whole.trained()) + 1
+
+
+@pytest.mark.parametrize("options", [{}, {"share_qkv": True, "share_gate_up": True}, {"clone_weight": 0.0}])
+def test_every_trained_tensor_gets_a_gradient(options):
+    clone = random_clone(random_llama(family="qwen2"), tie_head_projection=False, **options)
+    clone(*random_batch(2, 10))["loss"].backward()
+    still = {name for name, p in clone.trained().items() if p.grad is None or not p.grad.abs().max() > 0}
+    assert not still
+    assert all(p.grad is None for p in clone.teacher.parameters())
+
+
+def test_skipped_terms_and_layers():
+    teacher, batch = random_llama(), random_batch(2, 10)
+    terms = random_clone(teacher)(*batch)["terms"]  # [layers, q k v attn_out gate up mlp_out]
+    fewer = random_clone(teacher, clone_skip=("k", "mlp_out"))(*batch)["terms"]
+    assert torch.equal(fewer, terms[:, [0, 2, 3, 4, 5]])
+    result = random_clone(teacher, clone_skip_layers=(0,))(*batch)
+    assert torch.equal(result["terms"], terms * torch.tensor([[0.0], [1.0]]))
+    assert relative(result["clone"], terms[1].sum()) < TOLERANCE
+    with pytest.raises(ValueError, match=r"clone_skip names \['gates'\]; the terms are"):
+        LowRankClone(teacher, 16, clone_skip=("gates",))
+
+
+def test_micro_batches_add_up_to_the_batch():
+    clone = random_clone(share_qkv=True)
+    ids, labels = random_batch(8, 12)
+    labels[0], labels[1, 1:] = -100, -100  # the parts have different numbers of labels, one none
+    whole = clone(ids, labels)
+    whole["loss"].backward()
+    expected = {name: p.grad.clone() for name, p in clone.trained().items()}
+    clone.zero_grad()
+    student, sums = clone.compose(), dict.fromkeys(("loss", "lm", "kl", "clone"), 0.0)
+    held, num_labels = clone.hold(student), (labels != -100).sum()
+    for row in range(8):
+        part = ids[row : row + 1], labels[row : row + 1]
+        result = clone(*part, num_labels=num_labels, share=1 / 8, student=held)
+        result["loss"].backward()
+        sums = {name: total + result[name].detach() for name, total in sums.items()}
+    assert all(p.grad is None for p in clone.trained().values())  # all of it waits on `held`
+    clone.release(student, held)
+    assert all(relative(total, whole[name]) < TOLERANCE for name, total in sums.items())
+    errors = {name: relative(p.grad, expected[name]) for name, p in clone.trained().items()}
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+@pytest.mark.parametrize("size", [0, 32, 33])
+def test_student_size_out_of_range(size):
+    with pytest.raises(ValueError, match=f"student_hidden_size is {size}; it must be between 1 and 31"):
+        LowRankClone(random_llama(), size)
+
+
+def test_llama_student_size_is_a_multiple_of_its_heads():
+    with pytest.raises(ValueError, match=r"student_hidden_size is 18; .* 4 heads: 16 or 20"):
+        LowRankClone(random_llama(), 18)
+    LowRankClone(random_llama(family="qwen2"), 18)
+
+
+def test_orthogonal_init():
+    clone = LowRankClone(random_llama(), 16).init_weights(0, "orthogonal")
+    for name, p in clone.trained().items():
+        gram, expected = (p, torch.ones(16)) if name.endswith("norm") else (p.T @ p, torch.eye(16))
+        assert torch.allclose(gram, expected, atol=1e-5), name
+
+
+def test_channel_init_loses_nothing_of_a_teacher_that_uses_few_channels():
+    teacher = random_llama()
+    unused = torch.randperm(32, generator=torch.Generator().manual_seed(0))[16:]
+    with torch.no_grad():
+        teacher.embedding[:, unused] = 0
+        for layer in teacher.layers:
+            layer.o[unused], layer.down[unused] = 0, 0
+    # The mean square of 16 channels is twice that of 32 of which 16 are zero, so eps is too.
+    clone = LowRankClone(teacher, 16, student_rms_norm_eps=2e-5)
+    ids, _ = random_batch(2, 12)
+    clone.init_weights(0, "channel", ids)
+    assert relative(clone.logits(ids), teacher.logits(ids)) < TOLERANCE
+
+
+# ---- checkpoints of a clone
+
+
+def save_teacher(path, seed=0, dtype=torch.float32) -> Llama:
+    model.save_model(random_llama(seed), path, dtype, None)
+    return model.load_model(path)
+
+
+def test_clone_round_trip(tmp_path):
+    options = {"share_qkv": True, "tie_head_projection": False, "clone_skip": ("up",), "kl_temperature": 2.0}
+    clone = random_clone(save_teacher(tmp_path / "teacher"), **options)
+    model.save_clone(clone, tmp_path / "clone", str(tmp_path / "teacher"), "tokenizer")
+    assert model.is_clone(tmp_path / "clone") and not model.is_clone(tmp_path / "teacher")
+    loaded = model.load_clone(tmp_path / "clone")
+    assert loaded.clone == clone.clone and loaded.config == clone.config
+    for name, weight in clone.named_parameters():
+        again = loaded.get_parameter(name)
+        assert torch.equal(again, weight) and again.requires_grad == weight.requires_grad, name
+    batch = random_batch(2, 10)
+    assert torch.equal(loaded(*batch)["loss"], clone(*batch)["loss"])
+
+
+def test_clone_finds_only_its_own_teacher(tmp_path):
+    clone = random_clone(save_teacher(tmp_path / "teacher"))
+    model.save_clone(clone, tmp_path / "clone", str(tmp_path / "teacher"), "tokenizer")
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"its teacher .*teacher is not there; say where with --teacher=DIR"):
+        model.load_clone(tmp_path / "clone")
+    model.load_clone(tmp_path / "clone", teacher=str(tmp_path / "moved"))
+    save_teacher(tmp_path / "other", seed=5)
+    with pytest.raises(ValueError, match="other is not the teacher it was trained with"):
+        model.load_clone(tmp_path / "clone", teacher=str(tmp_path / "other"))
+
+
+def test_fingerprint_is_of_the_weights_alone(tmp_path):
+    teacher = save_teacher(tmp_path, dtype=torch.bfloat16)
+    assert model.fingerprint(teacher) == model.fingerprint(model.load_model(tmp_path, torch.bfloat16))
+    for name in teacher.state_dict():
+        tuned = model.load_model(tmp_path)
+        tuned.get_parameter(name).data.mul_(1.05)  # bfloat16 tells values 1/128 apart
+        assert model.fingerprint(tuned) != model.fingerprint(teacher), name
+
+
+def test_bfloat16_clone_is_close_to_float32(tmp_path):
+    save_teacher(tmp_path / "teacher", dtype=torch.bfloat16)
+    clone = random_clone(model.load_model(tmp_path / "teacher"))
+    model.save_clone(clone, tmp_path / "clone", str(tmp_path / "teacher"), "tokenizer")
+    half, batch = model.load_clone(tmp_path / "clone", torch.bfloat16), random_batch(4, 32)
+    ours, expected = half(*batch), clone(*batch)
+    for name in ("lm", "kl", "clone"):  # a few roundings of 2^-8, averaged over tokens
+        assert relative(ours[name], expected[name]) < 0.03, name
+    ours["loss"].backward()
+    assert all(p.grad.dtype == torch.float32 for p in half.trained().values())
