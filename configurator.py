@@ -36,10 +36,13 @@ def read_options(source: str) -> dict[str, tuple[object, object, str]]:
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             name, annotation = node.targets[0].id, None
         elif isinstance(node, ast.If):
-            break  # if __name__ == "__main__": configure(globals())
+            break  # `if __name__ == "__main__": configure(globals())` ends the options
         else:
             continue
-        default = ast.literal_eval(node.value)
+        try:
+            default = ast.literal_eval(node.value)
+        except ValueError:
+            break  # so does the first computed value
         allowed = eval(annotation, {"Literal": typing.Literal}) if annotation else type(default)
         options[name] = (
             default,
