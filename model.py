@@ -83,9 +83,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: dict, where: str = "config.json") -> "ModelConfig":
-        """Reads a config.json as transformers 4 or 5 writes it; ValueError names the field that is not
-        supported.
-        """
+        """Reads a config.json of transformers 4 or 5; ValueError names a field that is not supported."""
 
         def refuse(field, value, allowed):
             raise ValueError(f"{where}: {field} is {value!r}; this code supports {allowed}")
@@ -106,6 +104,8 @@ class ModelConfig:
         in_use = hf.get("use_sliding_window", family == "mistral")
         if in_use and window is not None and window < hf.get("max_position_embeddings", 0):
             refuse("sliding_window", window, "full attention in every layer (sliding_window null)")
+        if family == "mistral" and "sliding_window" not in hf:
+            refuse("sliding_window", "not given, which means 4096", "full attention (sliding_window null)")
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         theta = rope.pop("rope_theta", None) or hf.get("rope_theta", 10000.0)
         kind = rope.pop("rope_type", None) or rope.get("type", "default")
@@ -125,11 +125,20 @@ class ModelConfig:
                 refuse(field, hf.get(field), "a positive integer")
         heads, biased = hf["num_attention_heads"], bool(hf.get("attention_bias", False))
         head_dim = hf.get("head_dim") or (128 if family == "qwen3" else hf["hidden_size"] // heads)
+        groups = hf.get("num_key_value_heads") or heads
+        if heads % groups:
+            refuse("num_key_value_heads", groups, f"a divisor of num_attention_heads {heads}")
+        if head_dim % 2:
+            refuse("head_dim", head_dim, "an even number")
+        needed = {"llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+        for field in ("factor", *needed.get(kind, ())) if kind != "default" else ():
+            if field not in rope:
+                refuse(f"rope_scaling {field}", None, "a number there")
         return cls(
             model_type=family,
             **{f: hf[f] for f in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
             num_attention_heads=heads,
-            num_key_value_heads=hf.get("num_key_value_heads") or heads,
+            num_key_value_heads=groups,
             head_dim=head_dim,
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
             rope_theta=float(theta),
@@ -192,9 +201,7 @@ class ModelConfig:
 
 
 def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., T, head_dim/2] of rotary positions [..., T], float32; scaling as transformers
-    computes it.
-    """
+    """cos and sin [..., T, head_dim/2], float32, of positions [..., T]; scaled as transformers does."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=positions.device).float()
     frequencies = 1.0 / config.rope_theta ** (exponents / config.head_dim)
     scaling = config.rope_scaling or {}
@@ -226,9 +233,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class GatedLinear(torch.autograd.Function):
-    """(silu(gate) · up) W^T, keeping only gate and up for backward. gate, up [B, T, F], weight [D, F] -> [B,
-    T, D].
-    """
+    """(silu(gate) · up) W^T of gate, up [B, T, F] and W [D, F]; keeps only these for backward."""
 
     @staticmethod
     def forward(ctx, gate, up, weight):
@@ -408,7 +413,7 @@ def head_loss(
     kl_weight=1.0,
     temperature=1.0,
     num_labels=None,
-    share=1.0,
+    share=1,
 ):
     """The loss of final hidden states [B, T, D] under head [V, D]; see ChunkedLoss. teacher: (hidden, head)
     or None.
@@ -424,8 +429,8 @@ def head_loss(
     teacher_hidden, teacher_head = (teacher[0].flatten(0, 1), teacher[1]) if teacher else (None, None)
     loss, lm, kl, teacher_lm = ChunkedLoss.apply(
         hidden.flatten(0, 1), head, labels, teacher_hidden, teacher_head,
-        lm_weight / num_labels, kl_weight * share / tokens, temperature, loss_chunk(head.shape[0],
-        head.device),
+        lm_weight / num_labels, kl_weight * share / tokens, temperature,
+        loss_chunk(head.shape[0], head.device),
     )  # fmt: skip
     result = {"loss": loss, "lm": lm.sum() / num_labels, "token_lm": lm.view(hidden.shape[:-1])}
     if teacher:
@@ -449,9 +454,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """A Llama, Mistral, Qwen2 or Qwen3 causal LM. `dtype` is what it computes in; its weights may be
-    wider.
-    """
+    """A Llama, Mistral, Qwen2 or Qwen3 LM that computes in `dtype`; its weights may be wider."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -491,9 +494,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def channel_energy(self, ids: Tensor) -> Tensor:
-        """Mean square of each channel of the residual stream [D], each token's normalised, over layers and
-        ids.
-        """
+        """Each channel's share [D] of the residual stream's energy, averaged over tokens and layers."""
         rope = rope_table(self.config, torch.arange(ids.shape[1], device=ids.device))
         x = F.embedding(ids, self.embedding).to(self.dtype)
         energy = torch.zeros(x.shape[-1], dtype=torch.float64, device=x.device)
@@ -509,9 +510,8 @@ class Llama(nn.Module):
 
     def forward(self, ids: Tensor, labels: Tensor, num_labels=None, share=1.0) -> dict[str, Tensor]:
         """The next-token loss of ids [B, T] against labels [B, T], already shifted (-100: no label)."""
-        return head_loss(
-            self.hidden_states(ids), self.head_weight(), labels, num_labels=num_labels, share=share
-        )
+        hidden = self.hidden_states(ids)
+        return head_loss(hidden, self.head_weight(), labels, num_labels=num_labels, share=share)
 
 
 # ---- the low-rank clone
@@ -655,9 +655,16 @@ class LowRankClone(nn.Module):
         self.teacher = teacher.requires_grad_(False)
         self.run_block = clone_block  # train.py may compile or checkpoint it
         self.clone = CloneConfig(student_hidden_size, **options)
-        unknown = set(self.clone.clone_skip) - set(dataclasses.replace(self.clone, clone_skip=()).terms())
-        if unknown:
-            raise ValueError(f"clone_skip names {sorted(unknown)}; the terms are {self.clone.terms()}")
+        c, layers = self.clone, range(teacher.config.num_hidden_layers)
+        for name, given, allowed in (
+            ("clone_skip", c.clone_skip, dataclasses.replace(c, clone_skip=()).terms()),
+            ("clone_skip_layers", c.clone_skip_layers, layers),
+            ("clone_attn_out", [c.clone_attn_out], ("student", "teacher")),
+            ("clone_mlp_out", [c.clone_mlp_out], ("student", "teacher")),
+            ("clone_scale", [c.clone_scale], ("none", "teacher")),
+        ):
+            if not set(given) <= set(allowed):
+                raise ValueError(f"{name} is {given}; allowed: {allowed}")
         self.config = dataclasses.replace(
             teacher.config,
             hidden_size=d_s,
@@ -710,9 +717,7 @@ class LowRankClone(nn.Module):
         return self
 
     def compose(self) -> dict:
-        """The student's weights, W P and P^T W: {"layers": [{name: weight}], "embedding_projection", "head",
-        "norm"}.
-        """
+        """The student's weights: {"layers": [{name: weight}], "embedding_projection", "head", "norm"}."""
         dtype = self.teacher.dtype
         p_embedding = self.embedding_projection.to(dtype)
         p_head = p_embedding if self.head_projection is None else self.head_projection.to(dtype)
@@ -776,9 +781,7 @@ class LowRankClone(nn.Module):
         return result
 
     def hold(self, student: dict) -> dict:
-        """compose()'s result for several batches: the same weights, on which gradients gather until
-        release().
-        """
+        """compose()'s result as leaves on which the gradients of several batches gather."""
         return tree_map(lambda w: w.detach().requires_grad_(w.requires_grad), student)
 
     def release(self, student: dict, held: dict) -> None:
@@ -867,9 +870,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """The config of a Hugging Face directory; ValueError in one line when there is none or it is not
-    supported.
-    """
+    """The config of a Hugging Face directory; ValueError when there is none or it is not supported."""
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; get a model with: hf download NAME --local-dir {path}")
@@ -946,9 +947,7 @@ TOKENIZER_FILES = (
 def save_model(
     model: Llama, path: Path, dtype: torch.dtype, tokenizer: str | Path | None, max_shard_bytes=5 * 10**9
 ):
-    """Writes a Hugging Face directory that transformers 4 and 5 load, with the files of the tokenizer
-    directory.
-    """
+    """Writes a Hugging Face directory for transformers 4 and 5, with `tokenizer`'s files."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(model.config.to_hf(dtype), indent=2) + "\n")
     state = model.state_dict()
@@ -1009,9 +1008,7 @@ def save_clone(clone: LowRankClone, path: Path, teacher: str, tokenizer: str) ->
 def load_clone(
     path: str | Path, dtype: torch.dtype = torch.float32, teacher: str | None = None
 ) -> LowRankClone:
-    """A clone from its checkpoint; teacher: its directory, where it has moved since. Refuses another
-    teacher.
-    """
+    """A clone from its checkpoint; teacher: where its directory is now. Refuses another teacher."""
     path = Path(path)
     config = read_json(path / "config.json")
     if teacher is None:
@@ -1039,9 +1036,7 @@ def is_clone(path: Path) -> bool:
 
 
 def checkpoints(out_dir: str | Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first: a directory gets its name step_00001000 when it is
-    complete.
-    """
+    """A run's checkpoints, oldest first; a directory has this name only when it is whole."""
     return sorted(path for path in Path(out_dir).glob("step_*") if path.name[5:].isdigit())
 
 
