@@ -15,6 +15,7 @@ Shapes: B batch, T tokens, D hidden_size, H heads, G key/value heads, F intermed
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -301,6 +302,12 @@ def plain_block(x, w, config, rope, mask=None, cache=None) -> Tensor:
 # ---- the loss head
 
 
+@functools.lru_cache(maxsize=1)
+def logit_buffers(count: int, chunk: int, vocab_size: int, device: torch.device) -> Tensor:
+    """The loss head's float32 buffers [count, chunk, V], kept between steps: fresh memory is slow on a CPU."""
+    return torch.empty((count, chunk, vocab_size), dtype=torch.float32, device=device)
+
+
 class ChunkedLoss(torch.autograd.Function):
     """lm_scale · ΣCE + kl_scale · T² · ΣKL(teacher ‖ student), without the logits of more than one chunk
     alive.
@@ -323,9 +330,7 @@ class ChunkedLoss(torch.autograd.Function):
         head_grad = torch.zeros_like(head, dtype=torch.float32) if need_head else None
         labelled = labels != -100
         chunk = min(chunk, tokens)
-        buffers = hidden.new_empty(
-            (2 if teacher_hidden is None else 4, chunk, vocab_size), dtype=torch.float32
-        )
+        buffers = logit_buffers(2 if teacher_hidden is None else 4, chunk, vocab_size, hidden.device)
 
         def logits(x, weight, out):  # [chunk, V], float32
             return torch.mm(x, weight.T, out=out) if x.dtype == torch.float32 else out.copy_(x @ weight.T)
