@@ -304,7 +304,7 @@ def plain_block(x, w, config, rope, mask=None, cache=None) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def logit_buffers(count: int, chunk: int, vocab_size: int, device: torch.device) -> Tensor:
-    """The loss head's float32 buffers [count, chunk, V], kept between steps: fresh memory is slow on a CPU."""
+    """The loss head's float32 buffers [count, chunk, V], kept for the next step: fresh memory is slow."""
     return torch.empty((count, chunk, vocab_size), dtype=torch.float32, device=device)
 
 

@@ -1,5 +1,6 @@
 """model.py against the authors' numbers, transformers, and the formulas written out."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 
 import model
 from model import ChunkedLoss, GatedLinear, Llama, LowRankClone, MeanSquaredError, ModelConfig
@@ -570,3 +572,21 @@ def test_bfloat16_clone_is_close_to_float32(tmp_path):
         assert relative(ours[name], expected[name]) < 0.03, name
     ours["loss"].backward()
     assert all(p.grad.dtype == torch.float32 for p in half.trained().values())
+
+
+@pytest.mark.parametrize("how", ["compile", "checkpoint"])
+def test_compiled_and_checkpointed_layers_change_nothing(how):
+    clone, batch = random_clone(), random_batch(2, 12)
+    expected = clone(*batch)["loss"]
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in clone.trained().items()}
+    clone.zero_grad()
+    if how == "compile":  # the backend without a C++ compiler, which a user's machine may lack
+        clone.run_block = torch.compile(clone.run_block, backend="aot_eager")
+    else:
+        clone.run_block = functools.partial(checkpoint, clone.run_block, use_reentrant=False)
+    loss = clone(*batch)["loss"]
+    loss.backward()
+    assert relative(loss, expected) < TOLERANCE
+    for name, p in clone.trained().items():
+        assert relative(p.grad, gradients[name]) < TOLERANCE, name
