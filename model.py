@@ -404,9 +404,10 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def loss_chunk(vocab_size: int, device: torch.device) -> int:
-    """Tokens per chunk of the loss head: 24 MB of float32 logits in each of its buffers, 512 MB on a GPU."""
-    elements = 2**27 if device.type == "cuda" else 6 * 2**20
-    return max(32, elements // vocab_size // 32 * 32)
+    """Tokens per chunk of the loss head: up to 24 MB of float32 logits a buffer on a CPU, 512 MB on a GPU."""
+    if device.type == "cuda":
+        return max(32, 2**27 // vocab_size)
+    return max(32, min(512, 6 * 2**20 // vocab_size // 32 * 32))
 
 
 def head_loss(
@@ -439,7 +440,9 @@ def head_loss(
     )  # fmt: skip
     result = {"loss": loss, "lm": lm.sum() / num_labels, "token_lm": lm.view(hidden.shape[:-1])}
     if teacher:
-        result |= {"kl": kl.sum() * share / tokens, "teacher_lm": teacher_lm.sum() / num_labels}
+        result["kl"] = kl.sum() * share / tokens
+    if teacher and temperature == 1.0:
+        result["teacher_lm"] = teacher_lm.sum() / num_labels
     return result
 
 

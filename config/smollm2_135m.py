@@ -13,6 +13,7 @@ global_batch_size = 2
 micro_batch_size = 2
 max_steps = 1000  # 1.0M tokens
 learning_rate = 1e-3
+clone_weight = 0.05  # the terms of 30 layers add up
 warmup_ratio = 0.02
 eval_every = 250
 eval_blocks = 32
