@@ -1,7 +1,9 @@
 """The bundled teacher of the quickstart: a 3.1M-parameter Llama on the Python standard library's source.
 
-python train.py config/quickstart_teacher.py
-python convert.py --checkpoint=out/quickstart_teacher --out=data/quickstart/teacher --dtype=bfloat16
+    python train.py config/quickstart_teacher.py
+    python convert.py --checkpoint=out/quickstart_teacher --out=student --dtype=bfloat16
+
+What convert.py wrote is data/quickstart/teacher; its loss is in the README.
 """
 
 teacher = None
