@@ -1,9 +1,9 @@
 """Options of a script, from config files and the command line, in nanoGPT's manner but strict.
 
-    python train.py                                          # the defaults at the head of train.py
-    python train.py config/smollm2_135m.py                   # a config file's assignments on top of them
-    python train.py config/smollm2_135m.py --max_steps=100   # and the command line on top of both, left to
-    right python train.py --help                                   # every option, its default and its comment
+    python train.py                                         # the defaults at the head of train.py
+    python train.py config/smollm2_135m.py                  # a config file's assignments on top of them
+    python train.py config/smollm2_135m.py --max_steps=100  # and the command line on both, left to right
+    python train.py --help                                  # every option, its default and its comment
 
 A script's options are the assignments between its docstring and its call of `configure`, one a line, each
 with a trailing comment. The default says what type is allowed; where that is not enough, an annotation does

@@ -1,10 +1,12 @@
 """Clones a teacher into a smaller student (Low-Rank Clone), or trains a plain language model.
 
-python train.py                                   # quickstart: clones the bundled teacher on any CPU in two
-minutes python train.py config/smollm2_135m.py            # a real clone that a laptop can run
-python train.py config/lrc_1_5b.py                # one GPU
-python train.py config/quickstart_teacher.py      # a plain LM (teacher = None): how the bundled teacher was
-made python train.py config/X.py --resume=True         # goes on from the last checkpoint in out_dir
+    python train.py                               # quickstart: clones the bundled teacher on any CPU
+    python train.py config/smollm2_135m.py        # a real clone that a laptop can run
+    python train.py config/lrc_1_5b.py            # one GPU
+    python train.py config/quickstart_teacher.py  # a plain LM, as the bundled teacher was trained
+    python train.py config/X.py --resume=True     # goes on from the last checkpoint in out_dir
+
+The options come first, then the pieces of the loop that are longer than their names, then the loop in `main`.
 """
 
 from typing import Literal
@@ -146,9 +148,7 @@ def open_data(vocab_size: int, tokenizer_dir: str | None):
 
 @torch.no_grad()
 def evaluate(model, mixture: Mixture, where: torch.device) -> dict[str, float]:
-    """Means over the first eval_blocks held-out blocks: losses at T = 1, each clone term summed over
-    layers.
-    """
+    """Means over the first eval_blocks held-out blocks; losses at T = 1, clone terms summed over layers."""
     clone = isinstance(model, models.LowRankClone)
     shared = {"student": model.compose(), "temperature": 1.0} if clone else {}
     blocks, sums = min(eval_blocks, mixture.total), {}
@@ -167,10 +167,8 @@ def metrics_of(model, losses: dict) -> dict[str, torch.Tensor]:
         name: losses[name].detach() for name in ("loss", "lm", "kl", "clone", "teacher_lm") if name in losses
     }
     if "terms" in losses:
-        named |= {
-            f"clone_{n}": v
-            for n, v in zip(model.clone.terms(), losses["terms"].detach().sum(0), strict=False)
-        }
+        sums = losses["terms"].detach().sum(0)  # none at all where clone_weight is 0
+        named |= {f"clone_{name}": value for name, value in zip(model.clone.terms(), sums, strict=False)}
     return named
 
 
@@ -189,9 +187,8 @@ def peak_memory_gib(where: torch.device) -> float:
     """The most memory held so far: on the GPU, or resident in this process (Linux: KiB, macOS: bytes)."""
     if where.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**30 if os.uname().sysname == "Darwin" else 2**20
-    )
+    unit = 2**30 if os.uname().sysname == "Darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def matmul_rate(where: torch.device, compute_dtype: torch.dtype) -> float:
