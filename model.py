@@ -303,9 +303,11 @@ def plain_block(x, w, config, rope, mask=None, cache=None) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def logit_buffers(count: int, chunk: int, vocab_size: int, device: torch.device) -> Tensor:
-    """The loss head's float32 buffers [count, chunk, V], kept for the next step: fresh memory is slow."""
-    return torch.empty((count, chunk, vocab_size), dtype=torch.float32, device=device)
+def logit_buffers(
+    count: int, chunk: int, vocab_size: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The loss head's buffers [count, chunk, V], kept for the next step: fresh memory is slow."""
+    return torch.empty((count, chunk, vocab_size), dtype=dtype, device=device)
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -324,16 +326,17 @@ class ChunkedLoss(torch.autograd.Function):
         ctx, hidden, head, labels, teacher_hidden, teacher_head, lm_scale, kl_scale, temperature, chunk
     ):
         tokens, vocab_size = hidden.shape[0], head.shape[0]
-        lm, kl, teacher_lm = hidden.new_zeros((3, tokens), dtype=torch.float32)
+        wide = torch.promote_types(hidden.dtype, torch.float32)  # float32, or float64 to check gradients in
+        lm, kl, teacher_lm = hidden.new_zeros((3, tokens), dtype=wide)
         need_hidden, need_head = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if need_hidden else None
-        head_grad = torch.zeros_like(head, dtype=torch.float32) if need_head else None
+        head_grad = torch.zeros_like(head, dtype=wide) if need_head else None
         labelled = labels != -100
         chunk = min(chunk, tokens)
-        buffers = logit_buffers(2 if teacher_hidden is None else 4, chunk, vocab_size, hidden.device)
+        buffers = logit_buffers(2 if teacher_hidden is None else 4, chunk, vocab_size, wide, hidden.device)
 
-        def logits(x, weight, out):  # [chunk, V], float32
-            return torch.mm(x, weight.T, out=out) if x.dtype == torch.float32 else out.copy_(x @ weight.T)
+        def logits(x, weight, out):  # [chunk, V]
+            return torch.mm(x, weight.T, out=out) if x.dtype == wide else out.copy_(x @ weight.T)
 
         def log_sum_exp(z, p):
             # From the likeliest token, p = exp(z - log_sum_exp), without another pass over z. In float64,
@@ -369,7 +372,7 @@ class ChunkedLoss(torch.autograd.Function):
                 kl[rows] = difference - teacher_log_sum + log_sum
             if not (need_hidden or need_head):
                 continue
-            scale = (valid * lm_scale)[:, None]
+            scale = (valid * lm_scale).to(wide)[:, None]
             if teacher_hidden is not None:
                 # d(T² KL)/dz = T · (softmax(z/T) - softmax(teacher_z/T))
                 if temperature == 1.0:
@@ -383,7 +386,7 @@ class ChunkedLoss(torch.autograd.Function):
             if need_hidden:
                 torch.mm(grad, head, out=hidden_grad[rows])
             if need_head:
-                if hidden.dtype == torch.float32:
+                if hidden.dtype == wide:
                     head_grad.addmm_(grad.T, hidden[rows])
                 else:
                     head_grad += grad.T @ hidden[rows]

@@ -590,3 +590,19 @@ def test_compiled_and_checkpointed_layers_change_nothing(how):
     assert relative(loss, expected) < TOLERANCE
     for name, p in clone.trained().items():
         assert relative(p.grad, gradients[name]) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("temperature", [1.0, 40.0])
+def test_loss_head_gradcheck(temperature):
+    """In float64, where finite differences can tell a wrong gradient."""
+    generator = torch.Generator().manual_seed(0)
+    x, w, teacher_x, teacher_w = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((7, 4), (11, 4), (7, 6), (11, 6))
+    )
+    labels = torch.tensor([3, -100, 0, 10, 5, -100, 1])
+
+    def loss(x, w):
+        return ChunkedLoss.apply(x, w, labels, teacher_x, teacher_w, 0.3, 0.2, temperature, 3)[0]
+
+    assert torch.autograd.gradcheck(loss, (x.requires_grad_(), w.requires_grad_()))
