@@ -372,7 +372,7 @@ class ChunkedLoss(torch.autograd.Function):
                 kl[rows] = difference - teacher_log_sum + log_sum
             if not (need_hidden or need_head):
                 continue
-            scale = (valid * lm_scale).to(wide)[:, None]
+            scale = (valid.to(wide) * lm_scale)[:, None]
             if teacher_hidden is not None:
                 # d(T² KL)/dz = T · (softmax(z/T) - softmax(teacher_z/T))
                 if temperature == 1.0:
