@@ -614,4 +614,4 @@ def test_loss_head_gradcheck(temperature):
                 higher, lower = (
                     loss(*(v + s * step.view_as(v) if v is value else v for v in (x, w))) for s in (1, -1)
                 )
-                assert value.grad.view(-1)[i] == pytest.approx(((higher - lower) / 2e-6).item(), abs=1e-8)
+                assert value.grad.view(-1)[i] == pytest.approx(((higher - lower) / 2e-6).item(), abs=1e-6)
