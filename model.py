@@ -220,6 +220,15 @@ def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
+def within_documents(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions [B, 1, T] and attention mask [B, 1, T, T] that restart where documents [B, T] change."""
+    order = torch.arange(documents.shape[1], device=documents.device)
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    starts = torch.where(begins, order, 0).cummax(dim=1).values
+    mask = (documents[:, :, None] == documents[:, None, :]) & (order[:, None] >= order)
+    return (order - starts)[:, None], mask[:, None]
+
+
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of x [B, H, T, head_dim] by cos, sin [T, head_dim/2] or [B, 1, T, head_dim/2]."""
     cos, sin = rope
@@ -519,9 +528,13 @@ class Llama(nn.Module):
         """ids [B, T] -> logits [B, T, V], float32."""
         return (self.hidden_states(ids, **kwargs) @ self.head_weight().T).float()
 
-    def forward(self, ids: Tensor, labels: Tensor, num_labels=None, share=1.0) -> dict[str, Tensor]:
-        """The next-token loss of ids [B, T] against labels [B, T], already shifted (-100: no label)."""
-        hidden = self.hidden_states(ids)
+    def forward(self, ids, labels, num_labels=None, share=1.0, documents=None) -> dict[str, Tensor]:
+        """The next-token loss of ids [B, T] against labels [B, T], already shifted (-100: no label).
+
+        documents [B, T]: numbers the documents of a block, which then do not see each other.
+        """
+        positions, mask = (None, None) if documents is None else within_documents(documents)
+        hidden = self.hidden_states(ids, positions, mask)
         return head_loss(hidden, self.head_weight(), labels, num_labels=num_labels, share=share)
 
 
@@ -617,15 +630,15 @@ class MeanSquaredError(torch.autograd.Function):
         return difference * scale, None, projection_grad, None
 
 
-def clone_block(x_t, x_s, teacher, student, teacher_config, student_config, rope, clone, terms):
+def clone_block(x_t, x_s, teacher, student, teacher_config, student_config, rope, mask, clone, terms):
     """One layer of teacher and student in lock-step, so that a teacher activation lives only as long as its
     loss.
 
     x_t [B, T, d_T], x_s [B, T, d_S] -> (x_t, x_s, [the clone losses named in terms]).
     """
     with torch.no_grad():
-        x_t, t = block(x_t, teacher, teacher_config, rope)
-    x_s, s = block(x_s, student, student_config, rope)
+        x_t, t = block(x_t, teacher, teacher_config, rope, mask)
+    x_s, s = block(x_s, student, student_config, rope, mask)
     losses = []
     for name in terms:
         source, projection = s.get(name), None
@@ -741,12 +754,13 @@ class LowRankClone(nn.Module):
         }
 
     def forward(
-        self, ids, labels, num_labels=None, share=1.0, student=None, temperature=None
+        self, ids, labels, num_labels=None, share=1.0, documents=None, student=None, temperature=None
     ) -> dict[str, Tensor]:
         """Every loss of ids [B, T] against labels [B, T], already shifted (-100: no label), without a host
         sync.
 
-        student: compose()'s result, where several batches share one. temperature: in place of kl_temperature.
+        documents: see Llama.forward. student: compose()'s result, where several batches share it.
+        temperature: in place of kl_temperature.
         Returns {"loss", "lm", "kl", "clone", "terms", "token_lm"}: the optimised total; CE; KL at the
         temperature without T²; the sum of the clone losses, unweighted; each of them [layers, terms] by
         CloneConfig.terms(). At temperature 1 also "teacher_lm".
@@ -754,7 +768,10 @@ class LowRankClone(nn.Module):
         clone, teacher = self.clone, self.teacher
         student = student or self.compose()
         names = clone.terms() if clone.clone_weight else []
-        rope = rope_table(self.config, torch.arange(ids.shape[1], device=ids.device))
+        positions, mask = torch.arange(ids.shape[1], device=ids.device), None
+        if documents is not None:
+            positions, mask = within_documents(documents)
+        rope = rope_table(self.config, positions)
         x_t = F.embedding(ids, teacher.embedding).to(teacher.dtype)
         x_s = x_t @ student["embedding_projection"]
         terms = x_t.new_zeros((len(teacher.layers), len(names)), dtype=torch.float32)
@@ -769,6 +786,7 @@ class LowRankClone(nn.Module):
                 teacher.config,
                 self.config,
                 rope,
+                mask,
                 clone,
                 wanted,
             )

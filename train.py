@@ -36,6 +36,7 @@ data: str | dict | None = "data/quickstart/corpus"  # shard directory, or {direc
 seq_len = 256  # tokens in a block
 global_batch_size = 16  # blocks a step, over all devices and micro-batches
 micro_batch_size = 16  # blocks of one forward pass; global_batch_size / micro_batch_size are accumulated
+mask_documents = False  # attention and positions restart where a document ends
 seed = 1  # of the initial weights and the order of the data
 # optimizer: AdamW
 max_steps = 100  # optimizer steps of the run
@@ -146,30 +147,54 @@ def open_data(vocab_size: int, tokenizer_dir: str | None):
     return train_data, Mixture(dict.fromkeys(sources), "heldout", seq_len, 0) if eval_every else None
 
 
-@torch.no_grad()
-def evaluate(model, mixture: Mixture, where: torch.device) -> dict[str, float]:
-    """Means over the first eval_blocks held-out blocks; losses at T = 1, clone terms summed over layers."""
-    clone = isinstance(model, models.LowRankClone)
-    shared = {"student": model.compose(), "temperature": 1.0} if clone else {}
-    blocks, sums = min(eval_blocks, mixture.total), {}
-    for start in tqdm(range(0, blocks, micro_batch_size), desc="evaluating", leave=False):
-        count = min(micro_batch_size, blocks - start)
-        tokens = torch.from_numpy(mixture.batch(start, count)).to(where)
-        losses = model(tokens[:, :-1], tokens[:, 1:], blocks * seq_len, count / blocks, **shared)
-        for name, value in metrics_of(model, losses).items():
-            sums[name] = sums.get(name, 0.0) + value.double()
-    return {f"val_{name}": value.item() for name, value in sums.items() if name != "loss"}
+def forward(model, blocks: Mixture, first: int, count: int, whole: int, where: torch.device, **options):
+    """Samples first, first + 1, … through the model, as a part of a batch of `whole` blocks.
 
-
-def metrics_of(model, losses: dict) -> dict[str, torch.Tensor]:
-    """The scalars of a forward pass by their names in metrics.jsonl; on the device, no sync."""
+    Returns (loss, {name in metrics.jsonl: scalar}), both shares of the batch's; nothing here waits for a GPU.
+    Of several sources, each has lm/NAME, the sum of its blocks' losses, and blocks/NAME, their number.
+    """
+    tokens = torch.from_numpy(blocks.batch(first, count)).to(where)
+    if mask_documents:
+        options["documents"] = torch.from_numpy(blocks.documents(first, count)[:, :-1]).to(where)
+    losses = model(tokens[:, :-1], tokens[:, 1:], whole * seq_len, count / whole, **options)
     named = {
         name: losses[name].detach() for name in ("loss", "lm", "kl", "clone", "teacher_lm") if name in losses
     }
     if "terms" in losses:
         sums = losses["terms"].detach().sum(0)  # none at all where clone_weight is 0
         named |= {f"clone_{name}": value for name, value in zip(model.clone.terms(), sums, strict=False)}
-    return named
+    if len(getattr(blocks, "sources", ())) > 1:
+        block_lm, source_of = (
+            losses["token_lm"].mean(1),
+            torch.from_numpy(blocks.sources_of(first, count)).to(where),
+        )
+        for index, source in enumerate(blocks.sources):
+            named[f"lm/{source.path.name}"] = (block_lm * (source_of == index)).sum()
+            named[f"blocks/{source.path.name}"] = (source_of == index).sum()
+    return losses["loss"], named
+
+
+def averages(sums: dict[str, torch.Tensor], steps: int) -> dict[str, float]:
+    """What `forward` returned, summed over steps, as means; a source without a block has none."""
+    blocks = {name[7:]: int(value) for name, value in sums.items() if name.startswith("blocks/")}
+    over = {f"lm/{name}": count for name, count in blocks.items()} | {f"blocks/{name}": 0 for name in blocks}
+    return {
+        name: value.item() / over.get(name, steps) for name, value in sums.items() if over.get(name, steps)
+    }
+
+
+@torch.no_grad()
+def evaluate(model, heldout: Mixture, where: torch.device) -> dict[str, float]:
+    """Means over the first eval_blocks held-out blocks; losses at T = 1, clone terms summed over layers."""
+    clone = isinstance(model, models.LowRankClone)
+    options = {"student": model.compose(), "temperature": 1.0} if clone else {}
+    blocks, sums = min(eval_blocks, heldout.total), {}
+    for first in tqdm(range(0, blocks, micro_batch_size), desc="evaluating", leave=False):
+        count = min(micro_batch_size, blocks - first)
+        _, values = forward(model, heldout, first, count, blocks, where, **options)
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value.double()
+    return {f"val_{name}": value for name, value in averages(sums, 1).items() if name != "loss"}
 
 
 def print_samples(speakers: dict[str, models.Llama], tokenizer_dir: str) -> None:
@@ -248,7 +273,7 @@ def save_checkpoint(model, optimizer, step: int, tokenizer_dir: str | None) -> P
 # options that decide what is computed: a resumed run must have the same
 TRAJECTORY = (
     "teacher", "student_hidden_size", "model_config", "share_qkv", "share_gate_up", "tie_head_projection",
-    "student_rms_norm_eps", "data", "seq_len", "global_batch_size", "seed",
+    "student_rms_norm_eps", "data", "seq_len", "global_batch_size", "mask_documents", "seed",
 )  # fmt: skip
 
 
@@ -351,15 +376,16 @@ def main() -> None:
         held = model.hold(composed) if clone and accumulation > 1 else composed
         for micro in range(accumulation):
             first = step * global_batch_size + micro * micro_batch_size
-            tokens = torch.from_numpy(train_data.batch(first, micro_batch_size)).to(where)
             shared = {"student": held} if clone else {}
-            losses = model(tokens[:, :-1], tokens[:, 1:], tokens_per_step, 1 / accumulation, **shared)
-            losses["loss"].backward()
-            for name, value in metrics_of(model, losses).items():
+            loss, values = forward(
+                model, train_data, first, micro_batch_size, global_batch_size, where, **shared
+            )
+            loss.backward()
+            for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value
         if held is not composed:
             model.release(composed, held)
-        del composed, held, losses
+        del composed, held, shared
 
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
         optimizer.step()
@@ -368,7 +394,7 @@ def main() -> None:
         done, last = step + 1, step + 1 == max_steps
         bar.update()
         if done % log_every == 0 or last or benchmark:
-            mean = {name: value.item() / (done - logged) for name, value in sums.items()}
+            mean = averages(sums, done - logged)
             seconds.append(time.perf_counter() - since)
             speed = (done - logged) * tokens_per_step / seconds[-1]
             mean |= {"grad_norm": grad_norm.item(), "learning_rate": lr, "tokens_per_second": speed}

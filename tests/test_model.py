@@ -615,3 +615,16 @@ def test_loss_head_gradcheck(temperature):
                     loss(*(v + s * step.view_as(v) if v is value else v for v in (x, w))) for s in (1, -1)
                 )
                 assert value.grad.view(-1)[i] == pytest.approx(((higher - lower) / 2e-6).item(), abs=1e-6)
+
+
+def test_masked_documents_do_not_see_each_other():
+    clone, (ids, labels) = random_clone(), random_batch(1, 12)
+    labels[:] = labels.clamp(min=0)
+    documents = torch.tensor([[0] * 5 + [1] * 7])
+    together = clone(ids, labels, documents=documents)
+    apart = [clone(ids[:, part], labels[:, part]) for part in (slice(0, 5), slice(5, 12))]
+    expected = torch.cat([losses["token_lm"] for losses in apart], dim=1)
+    assert relative(together["token_lm"], expected) < TOLERANCE
+    assert relative(clone(ids, labels)["token_lm"], expected) > 100 * TOLERANCE
+    alone = clone.merge()(ids, labels, documents=documents)["token_lm"]
+    assert relative(alone, expected) < TOLERANCE

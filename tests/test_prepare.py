@@ -1,0 +1,631 @@
+"""prepare.py: input formats, what is bad in them, kill -9, chats with their loss masks, and the readers."""
+
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoTokenizer
+
+import prepare
+from prepare import Mixture, Shards, permute, write_shards
+
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLED = ROOT / "data/quickstart/teacher"
+TOKENIZER = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
+TEXTS = [
+    f"# {i}: {'ünï 日本 🙂 ' * (i % 3)}\ndef f(x):\n    return {i} * x\n" * (1 + i % 5) for i in range(150)
+]
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch):
+    monkeypatch.setattr(prepare, "UNIT", 2000)  # many units even of a small input
+
+
+def run(*arguments):
+    command = [sys.executable, "prepare.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def prepared(input, out, **options):
+    write_shards(str(input), out, str(options.pop("tokenizer", BUNDLED)), **{"num_workers": 1, **options})
+    return json.loads((Path(out) / "meta.json").read_text())
+
+
+def texts_of(directory, split="tokens"):
+    """The documents as the reader finds them, without their EOS."""
+    meta = json.loads((directory / "meta.json").read_text())
+    shards = meta["splits"][split]
+    ids = [np.load(directory / shard["file"]) for shard in shards]
+    assert [len(array) for array in ids] == [shard["tokens"] for shard in shards]
+    name = "ends" if split == "tokens" else "heldout_ends"
+    starts = np.cumsum([0, *map(len, ids)])
+    ends = [np.load(directory / f"{name}_{n:05d}.npy") + starts[n] for n in range(len(shards))]
+    cuts = np.concatenate(ends) if ends else []
+    documents = np.split(np.concatenate(ids), cuts) if ends else [[]]
+    assert len(documents[-1]) == 0 and all(document[-1] == 0 for document in documents[:-1])
+    return [TOKENIZER.decode(document[:-1]) for document in documents[:-1]]
+
+
+def contents(directory):
+    return {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
+
+
+def lines(texts, key="text"):
+    return b"".join(json.dumps({key: text}).encode() + b"\n" for text in texts)
+
+
+def write_as(kind, path, texts):
+    if kind == "parquet":
+        pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), path, row_group_size=40)
+    elif kind == "json":
+        path.write_text(json.dumps([{"id": i, "text": text} for i, text in enumerate(texts)], indent=2))
+    elif kind == "jsonl.gz":  # two members, as `cat a.gz b.gz` makes
+        path.write_bytes(gzip.compress(lines(texts[:50])) + gzip.compress(lines(texts[50:])))
+    elif kind == "json.zst":  # objects one after another, not an array
+        path.write_bytes(zstandard.compress(lines(texts)))
+    else:
+        compress = zstandard.compress if kind.endswith("zst") else bytes
+        path.write_bytes(compress(lines(texts)))
+    return path
+
+
+# ---- formats
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "json", "json.zst", "parquet"])
+def test_every_format_gives_the_same_shards(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 1000)  # objects and lines that go over several blocks
+    options = {"heldout_fraction": 0.2, "shard_tokens": 1500}
+    (tmp_path / "text").mkdir()
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"text/{i:03d}.txt").write_text(text)
+    prepared(f"{tmp_path}/text/*", tmp_path / "expected", **options)
+    prepared(write_as(kind, tmp_path / f"data.{kind}", TEXTS), tmp_path / "out", **options, num_workers=2)
+    expected, found = contents(tmp_path / "expected"), contents(tmp_path / "out")
+    del expected["meta.json"], found["meta.json"]
+    assert found == expected and len(found) > 8
+    held = texts_of(tmp_path / "out", "heldout")
+    assert texts_of(tmp_path / "out") == [text for text in TEXTS if text not in held]
+    assert 10 < len(held) < 60
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_held_out_documents_do_not_depend_on_order_or_format(tmp_path):
+    shuffled = random.Random(0).sample(TEXTS, len(TEXTS))
+    prepared(write_as("jsonl", tmp_path / "a.jsonl", TEXTS), tmp_path / "a", heldout_fraction=0.3)
+    prepared(write_as("parquet", tmp_path / "b.parquet", shuffled), tmp_path / "b", heldout_fraction=0.3)
+    assert sorted(texts_of(tmp_path / "a", "heldout")) == sorted(texts_of(tmp_path / "b", "heldout"))
+
+
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl"])
+def test_a_long_document_is_cut_where_tokens_end(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "PIECE", 300)
+    monkeypatch.setattr(prepare, "BLOCK", 100)
+    text = "".join(TEXTS) + "x" * 1000 + "日本" * 500  # at its end no line to cut at
+    data = lines([text]) if kind == "jsonl" else text.encode()
+    (tmp_path / f"a.{kind}").write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
+    prepared(tmp_path / f"a.{kind}", tmp_path / "out", heldout_fraction=0)
+    assert texts_of(tmp_path / "out") == [text]
+    whole = TOKENIZER.encode(text).ids
+    found = np.load(tmp_path / "out/tokens_00000.npy").tolist()
+    length = len(TOKENIZER.encode("".join(TEXTS)).ids)
+    assert found[: length - 100] == whole[: length - 100]
+
+
+def test_scores_filter_rows_by_a_dotted_key(tmp_path):
+    rows = [{"body": {"text": text}, "metadata": {"int_score": i % 6}} for i, text in enumerate(TEXTS)]
+    rows[7]["metadata"] = None
+    options = {
+        "text_key": "body.text",
+        "min_score": 4,
+        "score_key": "metadata.int_score",
+        "heldout_fraction": 0,
+    }
+    kept = [text for i, text in enumerate(TEXTS) if i % 6 >= 4 and i != 7]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for kind in ("parquet", "jsonl"):
+        meta = prepared(tmp_path / f"a.{kind}", tmp_path / kind, **options)
+        assert texts_of(tmp_path / kind) == kept
+        assert meta["filtered"] == 150 - 1 - len(kept) and meta["bad"] == 1
+    assert "a.jsonl:8: no number under metadata.int_score" in meta["first_bad"][0]
+
+
+# ---- what is bad
+
+
+def bad_line(position, line):
+    def write(path):
+        rows = lines(TEXTS).splitlines(keepends=True)
+        rows[position - 1] = line + b"\n"
+        path.write_bytes(b"".join(rows))
+        return TEXTS[: position - 1] + TEXTS[position:]
+
+    return write
+
+
+def truncated(compress):
+    def write(path):
+        noise = random.Random(0)  # hard to compress, so that the cut is far from the start
+        texts = ["".join(noise.choices("abcdefghij \n", k=900)) for _ in range(1000)]
+        data = compress(lines(texts))
+        path.write_bytes(data[: len(data) * 3 // 4])
+        return texts
+
+    return write
+
+
+def bad_row_group(path):
+    table = pa.table({"text": TEXTS})
+    pq.write_table(table, path, row_group_size=50, use_dictionary=False, write_page_checksum=True)
+    data = bytearray(path.read_bytes())
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    data[column.data_page_offset + column.total_compressed_size // 2] ^= 255
+    path.write_bytes(data)
+    return TEXTS[:50] + TEXTS[100:]
+
+
+def bad_parquet_text(path):
+    texts = [text.encode() for text in TEXTS]
+    texts[69] = b"caf\xe9"
+    pq.write_table(pa.table({"text": pa.array(texts).view(pa.string())}), path, row_group_size=50)
+    return TEXTS[:69] + TEXTS[70:]
+
+
+def bad_parquet_file(path):
+    path.write_bytes(b"PAR1 but no more than that")
+    return []
+
+
+def bad_array(path):
+    rows = [json.dumps({"text": text}) for text in TEXTS[:5]]
+    path.write_text("[" + ",\n".join([*rows, '{"text": ', *rows]) + "]")
+    return TEXTS[:5]
+
+
+def null_in_array(path):
+    path.write_text(json.dumps([{"text": None if i == 3 else text} for i, text in enumerate(TEXTS)]))
+    return TEXTS[:3] + TEXTS[4:]
+
+
+def bad_text(path):
+    path.write_bytes(b"one\ntwo\ncaf\xe9\n")
+    return []
+
+
+BAD = {
+    "json": ("jsonl", bad_line(3, b'{"text": "cut'), "bad.jsonl:3: not JSON: "),
+    "null": ("jsonl", bad_line(149, b'{"text": null}'), "bad.jsonl:149: no text under text"),
+    "missing": ("jsonl", bad_line(1, b'{"other": 1}'), "bad.jsonl:1: no text under text"),
+    "no object": ("jsonl", bad_line(77, b'["text"]'), "bad.jsonl:77: not a JSON object"),
+    "utf8": ("jsonl", bad_line(150, b'{"text": "caf\xe9"}'), "bad.jsonl:150: invalid UTF-8"),
+    "surrogate": ("jsonl", bad_line(9, rb'{"text": "\ud83d"}'), "bad.jsonl:9: invalid UTF-8"),
+    "gzip": ("jsonl.gz", truncated(gzip.compress), "bad.jsonl.gz:{n}: the compressed data ends early"),
+    "zstd": ("jsonl.zst", truncated(zstandard.compress), "bad.jsonl.zst:{n}: the compressed data ends early"),
+    "row group": ("parquet", bad_row_group, "bad.parquet: row group 1: 50 rows lost: "),
+    "parquet text": ("parquet", bad_parquet_text, "bad.parquet: row group 1, row 20: invalid UTF-8"),
+    "parquet": ("parquet", bad_parquet_file, "bad.parquet: not Parquet: "),
+    "array": ("json", bad_array, "bad.json: object 6: not JSON, and so is what follows: "),
+    "null in array": ("json", null_in_array, "bad.json: object 4: no text under text"),
+    "text": ("txt", bad_text, "bad.txt:3: invalid UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_bad_is_told_counted_and_skipped(name, tmp_path, capfd):
+    kind, write, message = BAD[name]
+    good = write(tmp_path / f"bad.{kind}")
+    write_as("jsonl", tmp_path / "good.jsonl", ["the next file"])
+    meta = prepared(f"{tmp_path}/*", tmp_path / "out", heldout_fraction=0)
+    found = texts_of(tmp_path / "out")
+    if name in ("gzip", "zstd"):  # every line that is whole in what is left of the file
+        assert 500 < len(found) - 1 < 900
+        assert found == [*good[: len(found) - 1], "the next file"]
+        message = message.format(n=len(found))
+    else:
+        assert found == [*good, "the next file"]
+    assert meta["bad"] == len(meta["first_bad"]) == 1
+    assert meta["first_bad"][0].startswith(f"{tmp_path}/{message}")
+    assert f"skipped {tmp_path}/{message}" in capfd.readouterr().err
+
+
+def test_more_than_max_bad_stops_and_a_higher_limit_goes_on(tmp_path):
+    rows = lines(TEXTS).splitlines(keepends=True)
+    rows[10:10], rows[80:80] = [b"bad\n"], [b"bad\n", b"bad\n"]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(rows))
+    for limit, line in ((0, 11), (2, 82)):
+        with pytest.raises(
+            ValueError, match=f"more than max_bad = {limit}, the last .*a.jsonl:{line}: not JSON"
+        ):
+            prepared(tmp_path / "a.jsonl", tmp_path / "out", max_bad=limit)
+        assert (tmp_path / "out.partial/progress.json").exists()
+    assert prepared(tmp_path / "a.jsonl", tmp_path / "out", max_bad=3)["bad"] == 3
+    prepared(tmp_path / "a.jsonl", tmp_path / "straight")
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+def test_refusals_are_one_line(tmp_path, monkeypatch):
+    source = write_as("jsonl", tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "a.txt").write_text("text")
+    out, tokens = f"--out={tmp_path}/out", f"--tokenizer={BUNDLED}"
+    write_as("parquet", tmp_path / "a.parquet", TEXTS)
+    for arguments, words in [
+        (["--input=/nowhere/*.jsonl"], "/nowhere/*.jsonl matches no file"),
+        ([f"--input={tmp_path}/a.*", "--min_score=1"], "a.txt is plain text: it has no scores"),
+        ([f"--input={tmp_path}/a.parquet", "--text_key=body"], "no column body, messages or conversations"),
+        ([f"--input={source}", "--sft=True"], "has no chat template"),
+        ([f"--input={source}", "--heldout_fraction=1.0"], "must be from 0 to below 1"),
+        ([f"--inspect={tmp_path}"], "has no meta.json"),
+    ]:
+        done = run(out, tokens, *arguments)
+        assert done.returncode == 1 and words in done.stderr.splitlines()[-1], done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+        assert not (tmp_path / "out").exists()
+    for package, kind in (("zstandard", "jsonl.zst"), ("pyarrow", "parquet")):
+        write_as(kind, tmp_path / f"b.{kind}", TEXTS)
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(ValueError, match=f"needs the package {package}: pip install {package}"):
+                prepared(tmp_path / f"b.{kind}", tmp_path / "b")
+
+
+# ---- killed and gone on with
+
+DRIVER = """
+import sys, prepare
+prepare.CHECKPOINT_SECONDS, prepare.UNIT = 0.02, 10_000
+prepare.write_shards(sys.argv[2:], sys.argv[1], sys.argv[0], heldout_fraction=0.2, shard_tokens=20_000)
+"""
+
+
+def test_killed_at_ten_moments_ends_with_the_same_bytes(tmp_path):
+    texts = [text * 10 for text in TEXTS]
+    files = [write_as(kind, tmp_path / f"data.{kind}", texts) for kind in ("jsonl.gz", "json", "parquet")]
+    (tmp_path / "data.jsonl").write_bytes(lines(texts[:70]) + b"bad\n" + lines(texts[70:]))
+
+    def start(out):
+        """A run that has begun to work."""
+        script = DRIVER.replace("sys.argv[0]", repr(str(BUNDLED)))
+        command = [sys.executable, "-c", script, str(out), *map(str, files), str(tmp_path / "data.jsonl")]
+        process = subprocess.Popen(
+            command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        while not (Path(f"{out}.partial") / "progress.json").exists() and process.poll() is None:
+            time.sleep(0.002)
+        return process
+
+    straight = start(tmp_path / "straight")
+    begun = time.perf_counter()
+    assert straight.wait() == 0
+    duration = time.perf_counter() - begun
+    expected = contents(tmp_path / "straight")
+    assert len(expected) > 20
+    moments, gone_on = random.Random(1), 0
+    for i in range(10):
+        out = tmp_path / f"out{i}"
+        process = start(out)
+        time.sleep(moments.random() * duration)
+        process.kill()
+        process.wait()
+        if not out.exists():
+            again = start(out)
+            printed = again.communicate()[0].decode()
+            assert again.returncode == 0
+            gone_on += "going on in" in printed and " 0 bytes of the input are done" not in printed
+        assert contents(out) == expected
+        with pytest.raises(ProcessLookupError):  # its workers have noticed
+            for _ in range(100):
+                os.killpg(process.pid, signal.SIG_DFL)
+                time.sleep(0.1)
+        shutil.rmtree(out)
+    assert gone_on >= 3
+
+
+def test_going_on_with_other_settings_or_input_is_refused(tmp_path):
+    source = write_as("jsonl", tmp_path / "a.jsonl", [*TEXTS, "last"])
+    with source.open("a") as file:
+        file.write("bad\n")
+    with pytest.raises(ValueError, match="more than max_bad"):
+        prepared(source, tmp_path / "out", max_bad=0)
+    before = contents(tmp_path / "out.partial")
+    for options in (
+        {"heldout_fraction": 0.5},
+        {"shard_tokens": 5000},
+        {"text_key": "body"},
+        {"min_score": 1.0},
+    ):
+        with pytest.raises(ValueError, match=f"out.partial was begun with {next(iter(options))} = "):
+            prepared(source, tmp_path / "out", **options)
+    shutil.copytree(BUNDLED, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="was begun with tokenizer = "):
+        prepared(source, tmp_path / "out", tokenizer=tmp_path / "tokenizer")
+    assert contents(tmp_path / "out.partial") == before
+    with source.open("a") as file:
+        file.write(json.dumps({"text": "more"}) + "\n")
+    with pytest.raises(ValueError, match="was begun with input_files = "):
+        prepared(source, tmp_path / "out")
+
+
+# ---- chats
+
+LLAMA3 = """{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif -%}
+<|start_header_id|>{{ m['role'] }}<|end_header_id|>
+
+{{ m['content'] | trim }}<|eot_id|>
+{%- endfor %}"""
+QWEN = """{%- if messages[0].role != 'system' %}
+    {{- '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}
+{%- endif %}
+{%- set last = namespace(query=0) %}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}
+        {%- set last.query = loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- if m.role == 'assistant' %}
+        {%- set parts = m.content.split('</think>') %}
+        {%- if loop.index0 > last.query %}
+            {%- set thought = parts[0].split('<think>')[-1].strip('\\n') if parts | length > 1 else '' %}
+            {{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {{- parts[-1].lstrip('\\n') if parts | length > 1 else m.content }}
+    {%- else %}
+        {{- m.content }}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}"""
+SMOLLM2 = """{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system
+You are SmolLM.<|im_end|>
+{% endif %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}
+{{- m.content }}{% endif %}<|im_end|>
+{% endfor %}"""
+FAMILIES = {
+    "llama3": (LLAMA3, "<|begin_of_text|>", "<|eot_id|>"),
+    "qwen": (QWEN, None, "<|im_end|>"),
+    "smollm2": (SMOLLM2, "<|im_start|>", "<|im_end|>"),
+}
+SPECIAL = [
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|im_start|>",
+    "<|im_end|>",
+]
+CHATS = [
+    [("user", "What is 1 + 1?"), ("assistant", "It is 2.")],
+    [("system", "Brief!"), ("user", "Hi"), ("assistant", "Hello"), ("user", "🙂"), ("assistant", "日\n\n本")],
+    [("user", "x"), ("assistant", "user"), ("user", "assistant"), ("assistant", "x")],  # contents that repeat
+    [("user", "a"), ("assistant", "\n  b\n\n"), ("user", "c"), ("assistant", "")],  # spaces at a turn's edges
+    [("system", "s"), ("user", "a"), ("assistant", "<think>\nold\n</think>\n\nb"), ("user", "c"),
+     ("assistant", "<think>\nc?\n</think>\n\nd"), ("user", "e"), ("assistant", "<think>\nf?\n</think>\n\nf")],
+]  # fmt: skip
+
+
+def said(family, chat):
+    """What the assistant says in a chat, as its family's template writes it."""
+    template, _, end = FAMILIES[family]
+    turns = [content for role, content in chat if role == "assistant"]
+    if template is LLAMA3:
+        turns = [turn.strip() for turn in turns]
+    if template is QWEN:  # the thought of the last answer only; what opens it stands in the prompt
+        last = turns.pop().removeprefix("<think>\n")
+        turns = [turn.split("</think>\n\n")[-1] for turn in turns] + [last]
+    return "".join(turn + end for turn in turns)
+
+
+def chat_tokenizer(family, path):
+    template, bos, eos = FAMILIES[family]
+    tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    path.mkdir()
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos} | (
+        {"bos_token": bos} if bos else {}
+    )
+    if family == "smollm2":
+        (path / "chat_template.jinja").write_text(template)
+    else:
+        config["chat_template"] = template
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tokenizer
+
+
+def write_chats(path, chats):
+    """The first as `messages`, the next as `conversations`, and so on, in the two data sets' own shapes."""
+    rows = []
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    for i, chat in enumerate(chats):
+        if i % 2:
+            rows.append({"conversations": [{"from": names[r], "value": c} for r, c in chat], "source": None})
+        else:
+            rows.append({"messages": [{"role": r, "content": c} for r, c in chat], "prompt": chat[0][1]})
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sft_trains_on_the_assistants_turns_and_nothing_else(family, tmp_path):
+    tokenizer = chat_tokenizer(family, tmp_path / "tokenizer")
+    source = write_chats(tmp_path / "chats.jsonl", CHATS)
+    options = {"tokenizer": tmp_path / "tokenizer", "heldout_fraction": 0}
+    meta = prepared(source, tmp_path / "sft", sft=True, **options)
+    assert meta["sft"] and meta["documents"]["tokens"] == len(CHATS)
+    rows = Shards(tmp_path / "sft", "tokens", 0, sft=True)
+    oracle = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    for i, chat in enumerate(CHATS):
+        tokens, mask = rows.block(i)
+        messages = [{"role": role, "content": content} for role, content in chat]
+        rendered = oracle.apply_chat_template(messages, tokenize=False)
+        assert tokenizer.decode(tokens, skip_special_tokens=False) == rendered
+        assert tokenizer.decode(tokens[mask], skip_special_tokens=False) == said(family, chat)
+        if i < 3:  # no token of the whole text's reaches over the edge of a turn
+            assert tokens.tolist() == tokenizer.encode(rendered).ids
+
+    prepared(source, tmp_path / "packed", **options)
+    packed, ends = (np.load(tmp_path / f"packed/{name}_00000.npy") for name in ("tokens", "ends"))
+    assert np.array_equal(packed, np.load(tmp_path / "sft/tokens_00000.npy"))
+    assert ends.tolist() == np.load(tmp_path / "sft/ends_00000.npy").tolist()
+
+
+def test_sft_rows_are_cut_at_seq_len_and_stay_in_one_shard(tmp_path):
+    tokenizer = chat_tokenizer("llama3", tmp_path / "tokenizer")
+    never = [[("user", "long " * 200), ("assistant", "no")], [("user", "nobody answers")]]
+    source = write_chats(tmp_path / "chats.jsonl", [*CHATS, *never] * 5)
+    options = {"tokenizer": tmp_path / "tokenizer", "sft": True, "heldout_fraction": 0}
+    whole = prepared(source, tmp_path / "whole", seq_len=10_000, **options)
+    meta = prepared(source, tmp_path / "cut", seq_len=30, shard_tokens=70, **options)
+    assert whole["filtered"] == 5 and meta["filtered"] == 10 and meta["bad"] == 0
+    shards = meta["splits"]["tokens"]
+    assert len(shards) > 5 and all(shard["tokens"] <= 70 for shard in shards)
+    long, cut = (Shards(tmp_path / name, "tokens", 0, sft=True) for name in ("whole", "cut"))
+    assert cut.blocks == 25 and long.blocks == 30
+    for i in range(25):
+        (tokens, mask), (whole_tokens, whole_mask) = cut.block(i), long.block(i // 5 * 6 + i % 5)
+        assert len(tokens) == min(30, len(whole_tokens)) and mask.any()
+        assert np.array_equal(tokens, whole_tokens[:30]) and np.array_equal(mask, whole_mask[:30])
+
+    mixture = Mixture({tmp_path / "cut": None}, "tokens", 0, seed=3, sft=True)
+    assert sorted(mixture.place(i)[1] for i in range(25)) == list(range(25))
+    inputs, labels = mixture.rows(4, 6)
+    assert inputs.shape == labels.shape == (6, max(len(mixture.sample(i)[1][0]) for i in range(4, 10)) - 1)
+    for row, i in enumerate(range(4, 10)):
+        tokens, mask = mixture.sample(i)[1]
+        expected = [token if trained else -100 for token, trained in zip(tokens[1:], mask[1:], strict=True)]
+        assert labels[row].tolist() == expected + [-100] * (inputs.shape[1] - len(expected))
+        assert inputs[row, : len(tokens) - 1].tolist() == tokens[:-1].tolist()
+        assert tokenizer.decode(tokens[1:][mask[1:]]) == tokenizer.decode(labels[row][labels[row] >= 0])
+    with pytest.raises(ValueError, match="not SFT rows"):
+        prepared(write_as("jsonl", tmp_path / "a.jsonl", TEXTS), tmp_path / "packed")
+        Shards(tmp_path / "packed", "tokens", 8, sft=True)
+
+
+def test_bad_chats_are_counted(tmp_path):
+    chat_tokenizer("llama3", tmp_path / "tokenizer")
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    null = {"messages": [{"role": "user", "content": None}]}
+    rows = [good, {"messages": []}, {"conversations": "x"}, null, {"conversations": [{"from": "gpt"}]},
+            {"text": "no chat"}, {"conversations": [None]}, good]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    meta = prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=tmp_path / "tokenizer", sft=True,
+                    heldout_fraction=0)  # fmt: skip
+    assert meta["documents"]["tokens"] == 2 and meta["bad"] == 6
+    assert [int(reason.split(":")[1]) for reason in meta["first_bad"]] == [2, 3, 4, 5, 6, 7]
+
+
+# ---- readers
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    """Two packed corpora, of many small and of few long documents, in several shards each."""
+    work = tmp_path_factory.mktemp("corpora")
+    for name, texts in {
+        "many": TEXTS,
+        "few": ["\n".join(TEXTS[i : i + 30]) for i in range(0, 90, 30)],
+    }.items():
+        source = write_as("jsonl", work / f"{name}.jsonl", texts)
+        prepared(source, work / name, shard_tokens=2000, heldout_fraction=0)
+    return work
+
+
+def test_permutation_visits_everything_once():
+    for n in [*range(1, 130), *range(130, 10_001, 617), 1023, 1024, 1025, 4095, 4096, 4097, 9999, 10_000]:
+        images = np.fromiter((permute(i, n, seed=n) for i in range(n)), int, n)
+        assert np.array_equal(np.sort(images), np.arange(n)), n
+    far = 10**12
+    images = {permute(i, far, 1) for i in [*range(20_000), *range(far - 20_000, far)]}
+    assert len(images) == 40_000 and min(images) >= 0 and max(images) < far
+    assert abs(np.mean(list(images)) / far - 0.5) < 0.01  # six standard deviations of a uniform mean
+    orders = {tuple(permute(i, 50, seed) for i in range(50)) for seed in range(100)}
+    assert len(orders) == 100
+
+
+@pytest.mark.parametrize("budget", [None, 3000, 40_000])
+def test_mixture_takes_each_budget_and_repeats_only_what_is_used_up(corpora, budget):
+    data = {corpora / "many": budget, corpora / "few": None}
+    mixture = Mixture(data, "tokens", 16, seed=5)
+    blocks = [source.blocks for source in mixture.sources]
+    shares = [blocks[0] if budget is None else budget // 16, blocks[1]]
+    assert mixture.total == sum(shares)
+    assert budget != 3000 or shares[0] < blocks[0]
+    assert budget != 40_000 or shares[0] > 2 * blocks[0]
+    places = [mixture.place(i) for i in range(2 * mixture.total)]
+    for source in range(2):
+        seen = [block for s, block in places if s == source]
+        assert len(seen) == 2 * shares[source]
+        first = sum(s == source for s, _ in places[: mixture.total // 2])  # evenly spread
+        assert abs(first - shares[source] / 2) <= 1
+        rounds = [seen[i : i + blocks[source]] for i in range(0, len(seen), blocks[source])]
+        assert all(len(set(part)) == len(part) for part in rounds)
+        assert len(rounds) < 3 or rounds[0] != rounds[1]
+    assert mixture.sources_of(3, 20).tolist() == [source for source, _ in places[3:23]]
+    batch = mixture.batch(7, 5)
+    for row, i in zip(batch, range(7, 12), strict=True):
+        source, block = places[i]
+        assert np.array_equal(row, mixture.sources[source].block(block))
+    other = Mixture(data, "tokens", 16, seed=6)
+    assert [other.place(i) for i in range(50)] != places[:50]
+
+
+def test_documents_tell_where_each_token_belongs(corpora):
+    for name in ("many", "few"):
+        mixture = Mixture({corpora / name: None}, "tokens", 64, seed=1)
+        several = 0
+        for start in range(0, mixture.total, 8):
+            count = min(8, mixture.total - start)
+            tokens, documents = mixture.batch(start, count), mixture.documents(start, count)
+            assert documents.shape == tokens.shape
+            after_eos = np.cumsum(tokens == 0, axis=1) - (tokens == 0)  # the EOS is its document's last token
+            assert np.array_equal(documents, after_eos)
+            several += (documents[:, -1] > 0).sum()
+        assert several > 0
+
+
+def test_a_damaged_directory_is_named(corpora, tmp_path):
+    shutil.copytree(corpora / "many", tmp_path / "many")
+    done = run(f"--inspect={tmp_path}/many")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "150 documents" in done.stdout
+        and f"{corpora}/many.jsonl" in done.stdout
+        and "def f(x)" in done.stdout
+    )
+    for name in ("tokens_00001.npy", "ends_00000.npy"):
+        file = tmp_path / "many" / name
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 1
+        file.write_bytes(data)
+        done = run(f"--inspect={tmp_path}/many")
+        assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
+            f"error: {file} is missing or damaged"
+        )
+        file.write_bytes((corpora / "many" / name).read_bytes()[:-2])
+        with pytest.raises(ValueError, match=f"{name} is truncated"):
+            Shards(tmp_path / "many", "tokens", 16)
+        shutil.copy(corpora / "many" / name, file)
+    np.save(tmp_path / "many/tokens_00000.npy", np.zeros(1999, np.uint16))
+    with pytest.raises(
+        ValueError, match=r"tokens_00000.npy holds \(1999,\) uint16; meta.json says \(2000,\)"
+    ):
+        Shards(tmp_path / "many", "tokens", 16)
+    with pytest.raises(ValueError, match="not one block of seq_len 16"):
+        Shards(corpora / "many", "heldout", 16)
