@@ -772,7 +772,8 @@ def write_shards(
                 checkpoint()
                 saved = now
     except RuntimeError as error:  # of a worker; BrokenProcessPool where one was killed
-        raise ValueError(f"{error}; the same command goes on from the last checkpoint") from None
+        checkpoint()
+        raise ValueError(f"{str(error).rstrip('.')}; the same command goes on from here") from None
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()

@@ -8,7 +8,7 @@ python sample.py --model=student --num_samples=4 --temperature=0.8 --top_p=0.95 
 model = "out/quickstart"  # Hugging Face directory, checkpoint, or out_dir (its last checkpoint)
 teacher: str | None = None  # directory of a clone's teacher, where it is not where the checkpoint says
 tokenizer: str | None = None  # directory of the tokenizer; None: the model's own
-prompt = "def "  # text to continue; "" starts from the tokenizer's BOS or EOS
+prompt = "def read("  # text to continue; "" starts from the tokenizer's BOS or EOS
 num_samples = 1  # continuations of the prompt
 max_new_tokens = 200  # tokens of each; it ends earlier at the tokenizer's EOS
 temperature = 0.8  # of the softmax; 0 always takes the likeliest token

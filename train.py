@@ -56,7 +56,7 @@ keep_last = 2  # checkpoints to keep
 log_every = 10  # steps between lines of metrics.jsonl
 eval_every = 500  # steps between evaluations on held-out blocks, besides the one at the end; 0: none at all
 eval_blocks = 128  # held-out blocks of an evaluation
-sample_prompt = "def "  # the student and the teacher continue it at the end of the run; "" does not
+sample_prompt = "def read("  # the student and the teacher continue it at the end of the run; "" does not
 compile = False  # torch.compile of one layer, used for all
 activation_checkpointing = False  # keep only the layers' inputs; each layer runs again in backward
 benchmark = False  # time every step; at the end, FLOPs by part and the fraction of the matmul rate achieved
@@ -385,7 +385,7 @@ def main() -> None:
                 sums[name] = sums.get(name, 0.0) + value
         if held is not composed:
             model.release(composed, held)
-        del composed, held, shared
+        del composed, held, shared, loss
 
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
         optimizer.step()
