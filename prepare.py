@@ -71,7 +71,7 @@ from tqdm import tqdm
 FORMAT = 1
 BLOCK = 2**16  # bytes read at a time; bounds what a block of compressed data can grow to
 UNIT = 2**20  # bytes of documents that a worker gets at a time
-PIECE = 2**22  # bytes tokenized at a time: longer documents are cut between two lines
+PIECE = 2**20  # bytes tokenized at a time: longer documents are cut between two lines
 LONGEST = 2**26  # characters in which an object of a .json file must end
 CHECKPOINT_SECONDS = 10  # what a kill can cost
 
