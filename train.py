@@ -80,6 +80,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -295,7 +296,10 @@ def load_checkpoint(path: Path, model, optimizer) -> int:
     expected = {theirs: tuple(parameters[ours].shape) for theirs, ours in names.items()}
     for theirs, tensor in models.read_tensors([path / "model.safetensors"], expected).items():
         parameters[names[theirs]].data.copy_(tensor)
-    saved = load_file(path / "trainer" / "optimizer.safetensors")
+    try:
+        saved = load_file(path / "trainer" / "optimizer.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{path}/trainer/optimizer.safetensors is truncated: {error}") from None
     for name, p in parameters.items():
         values = {key: saved[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
         optimizer.state[p] = {key: v if key == "step" else v.to(p.device) for key, v in values.items()}
