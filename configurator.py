@@ -15,11 +15,14 @@ written.
 import ast
 import difflib
 import io
+import os
 import sys
 import tokenize
 import types
 import typing
 from pathlib import Path
+
+FIRST = os.environ.get("RANK", "0") == "0"  # under torchrun, one process speaks for all
 
 
 def read_options(source: str) -> dict[str, tuple[object, object, str]]:
@@ -85,7 +88,8 @@ def accept(value, allowed):
 
 
 def fail(message: str) -> typing.NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    if FIRST:
+        print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -148,7 +152,7 @@ def configure(script: dict, arguments: list[str] | None = None) -> dict:
                 if not private and not (name in values and value is values[name]):
                     assign(name, value, argument)
     changed = [name for name, (default, _, _) in options.items() if values[name] != default]
-    if changed:
+    if changed and FIRST:
         print("options that differ from the defaults:")
         for name in changed:
             print(f"  {name} = {values[name]!r}")

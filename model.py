@@ -2,14 +2,16 @@
 
     teacher = load_model("models/Llama-3.2-3B-Instruct")          # a Hugging Face directory -> Llama
     clone = LowRankClone(teacher, student_hidden_size=1536)        # trains projections and norms only
-    losses = clone(ids, labels)                                    # {"loss", "lm", "kl", "clone", "terms"}
+    weights = clone()                                              # the student's, composed
+    losses = clone.loss(ids, labels, weights)                      # {"loss", "lm", "kl", "clone", "terms"}
     student = clone.merge()                                        # an ordinary, smaller Llama
 
 Method: Low-Rank Clone, arXiv 2505.12781. The student has the teacher's layers, heads and FFN width but a
 narrower residual stream, d_S < d_T. With y = x W^T and projections P [d_T, d_S], its weights are W P where a
 weight reads the stream (q, k, v, gate, up, embedding, head) and P^T W where it writes to it (o, down).
-Weights are composed once per step and the student then runs as any model of its size: `block` is the one
-definition of a layer, for the teacher, the composed student, the merged student and cached decoding.
+A model's forward() makes its weights once per step, where DDP synchronises gradients and FSDP gathers shards;
+`loss` then runs them on as many batches as a step has. `block` is the one definition of a layer, for the
+teacher, the composed student, the merged student and cached decoding.
 
 Shapes: B batch, T tokens, D hidden_size, H heads, G key/value heads, F intermediate_size, V vocabulary.
 """
@@ -458,6 +460,31 @@ def head_loss(
     return result
 
 
+# ---- weights for several batches
+
+
+def hold(weights: dict) -> dict:
+    """A model's weights as leaves on which the gradients of several batches gather, in float32 at least."""
+
+    def leaf(weight: Tensor) -> Tensor:
+        held = weight.detach().requires_grad_(weight.requires_grad)
+        if held.requires_grad:
+            held.grad_dtype = torch.promote_types(weight.dtype, torch.float32)
+        return held
+
+    return tree_map(leaf, weights)
+
+
+def release(weights: dict, held: dict) -> None:
+    """Takes the gradients gathered on `held` back to what is trained, a layer at a time (for FSDP)."""
+    rest = [{name: w for name, w in tree.items() if name != "layers"} for tree in (weights, held)]
+    for part, held_part in (rest, *reversed(list(zip(weights["layers"], held["layers"], strict=True)))):
+        pairs = [(w, h) for w, h in zip(tree_leaves(part), tree_leaves(held_part), strict=True)]
+        pairs = [(w, h.grad.to(w.dtype)) for w, h in pairs if h.grad is not None]
+        if pairs:
+            torch.autograd.backward([w for w, _ in pairs], [grad for _, grad in pairs])
+
+
 # ---- a plain model
 
 
@@ -472,13 +499,17 @@ class Layer(nn.Module):
     def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         return {name: weight.to(dtype) for name, weight in self.named_parameters()}
 
+    def forward(self, function, dtype: torch.dtype, *args):
+        """function(this layer's weights, *args): FSDP has them gathered for as long as the call lasts."""
+        return function(self.weights(dtype), *args)
+
 
 class Llama(nn.Module):
     """A Llama, Mistral, Qwen2 or Qwen3 LM that computes in `dtype`; its weights may be wider."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.sharded = config, dtype, False
         self.run_block = plain_block  # train.py may compile or checkpoint it
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
@@ -500,17 +531,26 @@ class Llama(nn.Module):
     def head_weight(self) -> Tensor:
         return (self.embedding if self.head is None else self.head).to(self.dtype)
 
-    def hidden_states(self, ids: Tensor, positions=None, mask=None, caches=None) -> Tensor:
+    def forward(self) -> dict:
+        """The weights to compute with: {"layers": [{name: weight}], "embedding", "head", "norm"}."""
+        kept = (
+            functools.partial(tree_map, torch.clone) if self.sharded else dict
+        )  # FSDP frees what it gathered
+        return {
+            "layers": [layer(kept, self.dtype) for layer in self.layers],
+            **kept({"embedding": self.embedding.to(self.dtype), "norm": self.norm.to(self.dtype)}),
+            **({} if self.head is None else kept({"head": self.head.to(self.dtype)})),
+        }
+
+    def hidden_states(self, ids: Tensor, positions=None, mask=None, caches=None, weights=None) -> Tensor:
         """ids [B, T] -> final normed hidden states [B, T, D]. caches: one (keys, values, start) a layer."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)
-        rope = rope_table(self.config, positions)
-        x = F.embedding(ids, self.embedding).to(self.dtype)
-        for i, layer in enumerate(self.layers):
-            x = self.run_block(
-                x, layer.weights(self.dtype), self.config, rope, mask, caches[i] if caches else None
-            )
-        return rms_norm(x, self.norm, self.config.rms_norm_eps)
+        rope, weights = rope_table(self.config, positions), weights or self()
+        x = F.embedding(ids, weights["embedding"])
+        for i, layer in enumerate(weights["layers"]):
+            x = self.run_block(x, layer, self.config, rope, mask, caches[i] if caches else None)
+        return rms_norm(x, weights["norm"], self.config.rms_norm_eps)
 
     @torch.no_grad()
     def channel_energy(self, ids: Tensor) -> Tensor:
@@ -528,20 +568,26 @@ class Llama(nn.Module):
         """ids [B, T] -> logits [B, T, V], float32."""
         return (self.hidden_states(ids, **kwargs) @ self.head_weight().T).float()
 
-    def forward(self, ids, labels, num_labels=None, share=1.0, documents=None) -> dict[str, Tensor]:
+    def loss(
+        self, ids, labels, weights=None, num_labels=None, share=1.0, documents=None
+    ) -> dict[str, Tensor]:
         """The next-token loss of ids [B, T] against labels [B, T], already shifted (-100: no label).
 
-        documents [B, T]: numbers the documents of a block, which then do not see each other.
+        weights: forward()'s result, where several batches share it. documents [B, T]: numbers the documents
+        of a block, which then do not see each other.
         """
+        weights = weights or self()
         positions, mask = (None, None) if documents is None else within_documents(documents)
-        hidden = self.hidden_states(ids, positions, mask)
-        return head_loss(hidden, self.head_weight(), labels, num_labels=num_labels, share=share)
+        hidden = self.hidden_states(ids, positions, mask, weights=weights)
+        head = weights.get("head", weights["embedding"])
+        return head_loss(hidden, head, labels, num_labels=num_labels, share=share)
 
 
 # ---- the low-rank clone
 
 READS = ("q", "k", "v", "gate", "up")  # weights W of which the student has W P
 WRITES = ("o", "down")  # weights W of which it has P^T W
+PROJECTION_OF = {"attn_in": "q", "attn_out": "o", "mlp_in": "gate", "mlp_out": "down"}  # clone terms with one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -550,8 +596,9 @@ class CloneConfig:
 
     share_qkv, share_gate_up: one projection for q, k, v (gate, up), whose clone losses become one loss on
     their input (paper, Table 7). clone_attn_out, clone_mlp_out: compare in the "student"'s space (paper) or
-    the "teacher"'s (attn_out in the authors' code). clone_scale: "teacher" divides each term by the mean
-    square of the teacher's activation, so that no layer drowns the others. clone_skip: clone terms to leave
+    the "teacher"'s (attn_out in the authors' code). clone_scale: "teacher" divides each
+    token's square error by the mean square of the teacher's activation there, so that neither a layer nor a
+    few massive activations drown the rest. clone_skip: clone terms to leave
     out, by name.
     """
 
@@ -582,8 +629,9 @@ class CloneLayer(nn.Module):
 
     def __init__(self, d_t: int, clone: CloneConfig):
         super().__init__()
-        d_s = clone.student_hidden_size
+        d_s, self.sharded = clone.student_hidden_size, False
         self.home = {name: name for name in (*READS, *WRITES)}
+        self.compared = [PROJECTION_OF[term] for term in clone.terms() if term in PROJECTION_OF]
         if clone.share_qkv:
             self.home |= dict.fromkeys("qkv", "qkv")
         if clone.share_gate_up:
@@ -594,43 +642,51 @@ class CloneLayer(nn.Module):
         self.input_norm, self.post_norm = nn.Parameter(torch.empty(d_s)), nn.Parameter(torch.empty(d_s))
 
     def compose(self, teacher: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The student's weights of this layer from the teacher's; also the projections, under "P_" + name."""
+        """What the student has of its own in this layer, from the teacher's weights; the projections that
+        clone losses need are under "P_" + name."""
         p = {name: self.projections[home].to(dtype) for name, home in self.home.items()}
-        w = dict(teacher) | {"input_norm": self.input_norm, "post_norm": self.post_norm}
-        w |= {name: teacher[name] @ p[name] for name in READS}
+        w = {name: teacher[name] @ p[name] for name in READS}
         w |= {name: p[name].T @ teacher[name] for name in WRITES}
         if "o_bias" in teacher:
             w["o_bias"] = teacher["o_bias"] @ p["o"]
-        return w | {f"P_{name}": p[name] for name in p}
+        own = {"input_norm": self.input_norm.to(dtype), "post_norm": self.post_norm.to(dtype)}
+        own |= {f"P_{name}": p[name] for name in self.compared}
+        return w | (tree_map(torch.clone, own) if self.sharded else own)  # FSDP frees what it gathered
+
+    def forward(self, teacher: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
+        """compose(), both layers gathered under FSDP."""
+        return teacher(self.compose, dtype, dtype)
 
 
 class MeanSquaredError(torch.autograd.Function):
     """Mean of (student - teacher P)² in float32; P [d_T, d_S] or None, and then of (student - teacher)².
 
-    student [B, T, d_S], teacher [B, T, d_T] without gradient; relative: over the mean of teacher². Keeps the
-    difference and P's gradient, formed here, for backward, and nothing of the teacher.
+    student [B, T, d_S], teacher [B, T, d_T] without gradient; relative: each token's over its teacher's mean
+    square. Keeps the difference and P's gradient, formed here, for backward, and nothing of the teacher.
     """
 
     @staticmethod
     def forward(ctx, student, teacher, projection, relative):
-        target = teacher if projection is None else teacher @ projection
-        difference = student - target
+        difference = student - (teacher if projection is None else teacher @ projection)
+        square, scaled = difference.float().square(), difference
+        if relative:
+            scale = 1 / teacher.float().square().mean(-1, keepdim=True).clamp(min=1e-12)  # [B, T, 1]
+            square, scaled = square * scale, difference * scale.to(difference.dtype)
         ctx.projection_grad = None
         if ctx.needs_input_grad[2]:
-            ctx.projection_grad = teacher.flatten(0, 1).T @ difference.flatten(0, 1)
-        scale = 1 / teacher.float().square().mean() if relative else torch.ones((), device=teacher.device)
-        ctx.save_for_backward(difference, scale)
-        return difference.float().square().mean() * scale
+            ctx.projection_grad = teacher.flatten(0, 1).T @ scaled.flatten(0, 1)
+        ctx.save_for_backward(scaled)
+        return square.mean()
 
     @staticmethod
     def backward(ctx, grad):
-        difference, scale = ctx.saved_tensors
-        scale = (grad * scale * (2 / difference.numel())).to(difference.dtype)
+        (scaled,) = ctx.saved_tensors
+        scale = (grad * (2 / scaled.numel())).to(scaled.dtype)
         projection_grad = None if ctx.projection_grad is None else ctx.projection_grad * -scale
-        return difference * scale, None, projection_grad, None
+        return scaled * scale, None, projection_grad, None
 
 
-def clone_block(x_t, x_s, teacher, student, teacher_config, student_config, rope, mask, clone, terms):
+def clone_block(teacher, student, x_t, x_s, teacher_config, student_config, rope, mask, clone, terms):
     """One layer of teacher and student in lock-step, so that a teacher activation lives only as long as its
     loss.
 
@@ -638,7 +694,7 @@ def clone_block(x_t, x_s, teacher, student, teacher_config, student_config, rope
     """
     with torch.no_grad():
         x_t, t = block(x_t, teacher, teacher_config, rope, mask)
-    x_s, s = block(x_s, student, student_config, rope, mask)
+    x_s, s = block(x_s, teacher | student, student_config, rope, mask)
     losses = []
     for name in terms:
         source, projection = s.get(name), None
@@ -695,6 +751,7 @@ class LowRankClone(nn.Module):
             rms_norm_eps=self.clone.student_rms_norm_eps,
             tie_word_embeddings=teacher.config.tie_word_embeddings and self.clone.tie_head_projection,
         )
+        self.sharded = False
         self.layers = nn.ModuleList(CloneLayer(d_t, self.clone) for _ in teacher.layers)
         self.norm = nn.Parameter(torch.empty(d_s))
         self.embedding_projection = nn.Parameter(torch.empty(d_t, d_s))
@@ -740,33 +797,35 @@ class LowRankClone(nn.Module):
                     weight.data.copy_(selection)
         return self
 
-    def compose(self) -> dict:
-        """The student's weights: {"layers": [{name: weight}], "embedding_projection", "head", "norm"}."""
+    def forward(self) -> dict:
+        """The student's weights, composed, but for those that are the teacher's own: {"layers": [{name:
+        weight}], "embedding_projection", "head", "norm"}.
+        """
         dtype = self.teacher.dtype
         p_embedding = self.embedding_projection.to(dtype)
         p_head = p_embedding if self.head_projection is None else self.head_projection.to(dtype)
-        pairs = zip(self.layers, self.teacher.layers, strict=True)
+        own = {"embedding_projection": p_embedding, "norm": self.norm.to(dtype)}
         return {
-            "layers": [layer.compose(teacher.weights(dtype), dtype) for layer, teacher in pairs],
-            "embedding_projection": p_embedding,
+            "layers": [
+                layer(teacher, dtype) for layer, teacher in zip(self.layers, self.teacher.layers, strict=True)
+            ],
             "head": self.teacher.head_weight() @ p_head,
-            "norm": self.norm,
+            **(tree_map(torch.clone, own) if self.sharded else own),
         }
 
-    def forward(
-        self, ids, labels, num_labels=None, share=1.0, documents=None, student=None, temperature=None
+    def loss(
+        self, ids, labels, weights=None, num_labels=None, share=1.0, documents=None, temperature=None
     ) -> dict[str, Tensor]:
         """Every loss of ids [B, T] against labels [B, T], already shifted (-100: no label), without a host
         sync.
 
-        documents: see Llama.forward. student: compose()'s result, where several batches share it.
-        temperature: in place of kl_temperature.
+        weights, documents: see Llama.loss. temperature: in place of kl_temperature.
         Returns {"loss", "lm", "kl", "clone", "terms", "token_lm"}: the optimised total; CE; KL at the
         temperature without T²; the sum of the clone losses, unweighted; each of them [layers, terms] by
         CloneConfig.terms(). At temperature 1 also "teacher_lm".
         """
         clone, teacher = self.clone, self.teacher
-        student = student or self.compose()
+        student = weights or self()
         names = clone.terms() if clone.clone_weight else []
         positions, mask = torch.arange(ids.shape[1], device=ids.device), None
         if documents is not None:
@@ -778,18 +837,10 @@ class LowRankClone(nn.Module):
         rows = []
         for i, (layer, weights) in enumerate(zip(teacher.layers, student["layers"], strict=True)):
             wanted = [] if i in clone.clone_skip_layers else names
-            x_t, x_s, losses = self.run_block(
-                x_t,
-                x_s,
-                layer.weights(teacher.dtype),
-                weights,
-                teacher.config,
-                self.config,
-                rope,
-                mask,
-                clone,
-                wanted,
-            )
+            x_t, x_s, losses = layer(
+                self.run_block, teacher.dtype, weights, x_t, x_s, teacher.config, self.config, rope, mask,
+                clone, wanted,
+            )  # fmt: skip
             rows.append(torch.stack(losses) if losses else terms[i])
         x_t = rms_norm(x_t, teacher.norm, teacher.config.rms_norm_eps)
         x_s = rms_norm(x_s, student["norm"], self.config.rms_norm_eps)
@@ -809,23 +860,45 @@ class LowRankClone(nn.Module):
         result["loss"] = result["loss"] + clone.clone_weight * result["clone"]
         return result
 
-    def hold(self, student: dict) -> dict:
-        """compose()'s result as leaves on which the gradients of several batches gather."""
-        return tree_map(lambda w: w.detach().requires_grad_(w.requires_grad), student)
+    def effective_ranks(self, ids: Tensor, weights: dict) -> dict[str, list[float]]:
+        """Effective ranks of the residual streams after the first, two inner and the last layer: exp of the
+        entropy of the singular values of [B · T, D], normalised to sum 1 (Roy & Vetterli, 2007)."""
 
-    def release(self, student: dict, held: dict) -> None:
-        """Takes the gradients gathered on `held` back through the composition, once."""
-        pairs = zip(tree_leaves(student), tree_leaves(held), strict=True)
-        pairs = [(w, h.grad) for w, h in pairs if h.grad is not None]
-        torch.autograd.backward([w for w, _ in pairs], [grad for _, grad in pairs])
+        def effective_rank(x: Tensor) -> float:
+            p = torch.linalg.svdvals(x.flatten(0, 1).float())
+            p = p / p.sum()
+            return torch.special.entr(p).sum().exp().item()
+
+        teacher, last = self.teacher, len(self.layers) - 1
+        rope = rope_table(self.config, torch.arange(ids.shape[1], device=ids.device))
+        x_t = F.embedding(ids, teacher.embedding).to(teacher.dtype)
+        x_s, ranks = x_t @ weights["embedding_projection"], {"rank_student": [], "rank_teacher": []}
+        for i, (layer, own) in enumerate(zip(teacher.layers, weights["layers"], strict=True)):
+            x_t, x_s, _ = layer(
+                clone_block,
+                teacher.dtype,
+                own,
+                x_t,
+                x_s,
+                teacher.config,
+                self.config,
+                rope,
+                None,
+                self.clone,
+                [],
+            )
+            if i in {0, last // 3, 2 * last // 3, last}:
+                for name, x in (("rank_student", x_s), ("rank_teacher", x_t)):
+                    ranks[name].append(effective_rank(x))
+        return ranks
 
     def logits(self, ids: Tensor) -> Tensor:
         """The student's logits [B, T, V], float32, by its composed weights."""
-        student = self.compose()
+        student, dtype = self(), self.teacher.dtype
         rope = rope_table(self.config, torch.arange(ids.shape[1], device=ids.device))
-        x = F.embedding(ids, self.teacher.embedding).to(self.teacher.dtype) @ student["embedding_projection"]
-        for weights in student["layers"]:
-            x, _ = block(x, weights, self.config, rope)
+        x = F.embedding(ids, self.teacher.embedding).to(dtype) @ student["embedding_projection"]
+        for teacher, weights in zip(self.teacher.layers, student["layers"], strict=True):
+            x, _ = block(x, teacher.weights(dtype) | weights, self.config, rope)
         return (rms_norm(x, student["norm"], self.config.rms_norm_eps) @ student["head"].T).float()
 
     @torch.no_grad()
@@ -840,7 +913,8 @@ class LowRankClone(nn.Module):
             p_head = self.embedding_projection if self.head_projection is None else self.head_projection
             state["head"] = head @ p_head
         for i, (layer, teacher) in enumerate(zip(self.layers, self.teacher.layers, strict=True)):
-            weights = layer.compose(teacher.weights(torch.float32), torch.float32)
+            weights = teacher.weights(torch.float32)
+            weights |= layer.compose(weights, torch.float32)
             state |= {f"layers.{i}.{name}": weights[name].clone() for name in self.config.layer_shapes()}
         student.load_state_dict(state, strict=True, assign=True)
         return student
@@ -920,6 +994,13 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
+def open_safetensors(file: Path):
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from None
+
+
 def read_tensors(
     files: list[Path], expected: dict[str, tuple[int, ...]], ignored=(), dtype=None
 ) -> dict[str, Tensor]:
@@ -928,13 +1009,9 @@ def read_tensors(
 
     ValueError names what is missing, unexpected or misshapen, before any tensor is read.
     """
-    found, handles = {}, []
+    found = {}
     for file in files:
-        try:
-            handle = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from None
-        handles.append(handle)
+        handle = open_safetensors(file)
         found |= {name: (handle, tuple(handle.get_slice(name).get_shape())) for name in list(handle.keys())}
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [
@@ -974,12 +1051,16 @@ TOKENIZER_FILES = (
 
 
 def save_model(
-    model: Llama, path: Path, dtype: torch.dtype, tokenizer: str | Path | None, max_shard_bytes=5 * 10**9
-):
-    """Writes a Hugging Face directory for transformers 4 and 5, with `tokenizer`'s files."""
+    model: Llama, path: Path, dtype: torch.dtype, tokenizer: str | Path | None, max_shard_bytes=5 * 10**9,
+    state: dict[str, Tensor] | None = None,
+):  # fmt: skip
+    """Writes a Hugging Face directory for transformers 4 and 5, with `tokenizer`'s files.
+
+    state: the model's state_dict, whole, where its own is sharded.
+    """
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(model.config.to_hf(dtype), indent=2) + "\n")
-    state = model.state_dict()
+    state = model.state_dict() if state is None else state
     shards, size = [{}], 0
     for name, (ours, _) in model.config.weight_names().items():
         tensor = state[ours].to(dtype).contiguous()
@@ -1018,16 +1099,22 @@ def fingerprint(model: Llama) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_clone(clone: LowRankClone, path: Path, teacher: str, tokenizer: str) -> None:
-    """Writes the trained tensors, and in config.json everything else needed to rebuild the clone."""
+def save_clone(
+    clone: LowRankClone, path: Path, teacher: str, tokenizer: str, tensors=None, teacher_fingerprint=None
+) -> None:
+    """Writes the trained tensors, and in config.json everything else needed to rebuild the clone.
+
+    tensors, teacher_fingerprint: clone.trained() and the teacher's fingerprint, where the clone is sharded.
+    """
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().float().contiguous() for name, p in clone.trained().items()}
+    tensors = clone.trained() if tensors is None else tensors
+    tensors = {name: p.detach().float().contiguous() for name, p in tensors.items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     config = {
         "model_type": "low_rank_clone",
         "teacher": teacher,
         "teacher_absolute": str(Path(teacher).resolve()),
-        "teacher_fingerprint": fingerprint(clone.teacher),
+        "teacher_fingerprint": teacher_fingerprint or fingerprint(clone.teacher),
         "tokenizer": tokenizer,
         "clone": dataclasses.asdict(clone.clone),
     }

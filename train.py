@@ -1,10 +1,16 @@
-"""Clones a teacher into a smaller student (Low-Rank Clone), or trains a plain language model.
+"""Clones a teacher into a smaller student (Low-Rank Clone), or trains or fine-tunes a plain language model.
 
     python train.py                               # quickstart: clones the bundled teacher on any CPU
     python train.py config/smollm2_135m.py        # a real clone that a laptop can run
     python train.py config/lrc_1_5b.py            # one GPU
+    torchrun --nproc_per_node=8 train.py config/lrc_1_5b.py                 # eight, each with the whole model
+    torchrun --nproc_per_node=8 train.py config/lrc_4b.py --parallel=fsdp   # eight, each with its shard
+    torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        train.py config/lrc_4b.py --parallel=fsdp --replicas=8     # shards within a node, replicas across
+    python train.py config/sft_1_5b.py --init_from=student         # fine-tunes on chats
     python train.py config/quickstart_teacher.py  # a plain LM, as the bundled teacher was trained
     python train.py config/X.py --resume=True     # goes on from the last checkpoint in out_dir
+    python train.py config/X.py --init_from=out/X --eval_only=True            # held-out loss of a model
 
 The options come first, then the pieces of the loop that are longer than their names, then the loop in `main`.
 """
@@ -15,6 +21,7 @@ from typing import Literal
 teacher: str | dict | None = "data/quickstart/teacher"  # Hugging Face directory to clone; None: a plain LM
 student_hidden_size = 96  # d_S, width of the student's residual stream; its other sizes are the teacher's
 model_config: dict | str | None = None  # shape of a plain LM: config.json's fields, or its directory
+init_from: str | None = None  # start from this: Hugging Face directory (a plain LM), or a clone's checkpoint
 tokenizer: str | None = None  # directory whose tokenizer goes into the checkpoints; None: the teacher's
 init: Literal["random", "orthogonal", "channel"] = "channel"  # of the projections; paper: random, N(0, 0.02)
 share_qkv = False  # one projection for q, k and v, and one clone loss on their input in place of three
@@ -37,9 +44,11 @@ seq_len = 256  # tokens in a block
 global_batch_size = 16  # blocks a step, over all devices and micro-batches
 micro_batch_size = 16  # blocks of one forward pass; global_batch_size / micro_batch_size are accumulated
 mask_documents = False  # attention and positions restart where a document ends
+sft = False  # fine-tune a plain LM on prepare.py's SFT rows: loss on the assistant's tokens only
 seed = 1  # of the initial weights and the order of the data
 # optimizer: AdamW
-max_steps = 100  # optimizer steps of the run
+max_steps = 100  # optimizer steps of the run; 0: as many as `epochs` takes
+epochs = 1.0  # passes over the data, where max_steps is 0
 learning_rate = 3e-3  # peak
 lr_schedule: Literal["linear", "cosine", "warmup_stable_decay", "constant"] = "linear"  # after the warmup
 warmup_ratio = 0.05  # of max_steps, linear from 0
@@ -48,6 +57,9 @@ beta1 = 0.9  # AdamW
 beta2 = 0.999  # AdamW
 weight_decay = 0.0  # on matrices, not on norms
 max_grad_norm = 1.0  # gradients are scaled down to this norm; 0 does not
+max_bad_steps = (
+    10  # steps in a row with a loss or gradient that is not finite (none is taken) that end the run
+)
 # run
 out_dir = "out/quickstart"  # checkpoints and metrics.jsonl; must be new, or resumed
 resume = False  # go on from the last checkpoint in out_dir, if there is one
@@ -56,10 +68,17 @@ keep_last = 2  # checkpoints to keep
 log_every = 10  # steps between lines of metrics.jsonl
 eval_every = 500  # steps between evaluations on held-out blocks, besides the one at the end; 0: none at all
 eval_blocks = 128  # held-out blocks of an evaluation
+eval_only = False  # evaluate the model of init_from (the teacher too, where there is one) and end
 sample_prompt = "def read("  # the student and the teacher continue it at the end of the run; "" does not
+wandb = False  # log to Weights & Biases too, where installed; what goes wrong there never stops the run
+wandb_project = "low-rank-clone"
+run_name: str | None = None  # there; None: out_dir
+tags: tuple = ()  # there
 compile = False  # torch.compile of one layer, used for all
 activation_checkpointing = False  # keep only the layers' inputs; each layer runs again in backward
 benchmark = False  # time every step; at the end, FLOPs by part and the fraction of the matmul rate achieved
+parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: replicas of everything, or shards (FSDP2)
+replicas = 1  # of the shards, for fsdp: number of nodes to shard within each and replicate across (HSDP)
 device: str | None = None  # None: cuda where there is one, or cpu
 dtype: Literal["float32", "bfloat16"] | None = None  # to compute in; None: bfloat16 on cuda, float32 on cpu
 
@@ -68,6 +87,7 @@ if __name__ == "__main__":
 
     options = configure(globals())
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -75,41 +95,132 @@ import math
 import os
 import resource
 import shutil
+import signal
 import statistics
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint import load as load_distributed
+from torch.distributed.checkpoint import save as save_distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import model as models
 from prepare import Mixture, RandomTokens, load_tokenizer, special_ids, vocabulary_hash, write_shards
-from sample import generate
+from sample import generate, load_student
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+BAR = {"disable": RANK > 0}  # for tqdm
+
+
+def say(text: str, bar=None) -> None:
+    if RANK == 0:
+        (bar.write if bar else print)(text)
+
+
+# ---- devices and processes: what differs between a CPU and GPUs, one and many
+
+
+def start_device() -> torch.device:
+    """This process's device, its process group begun under torchrun."""
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda":
+        where = torch.device("cuda", where.index or int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(where)
+    if WORLD_SIZE > 1:
+        # gloo beside nccl: what is decided on the CPU (stop? failed?) need not wait for the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
+    return where
+
+
+def to_device(array, where: torch.device) -> torch.Tensor:
+    """A numpy array or CPU tensor on the device, the copy not waited for."""
+    tensor = torch.as_tensor(array)
+    return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor
+
+
+def peak_memory_gib(where: torch.device) -> float:
+    """The most memory held so far: on the GPU, or resident in this process (Linux: KiB, macOS: bytes)."""
+    if where.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 2**30 if os.uname().sysname == "Darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def over_ranks(values: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
+    if WORLD_SIZE > 1:
+        dist.all_reduce(values, operation)
+    return values
+
+
+def on_any_rank(flag: bool) -> bool:
+    return bool(over_ranks(torch.tensor(int(flag)), dist.ReduceOp.MAX).item())
+
+
+def distribute(model, where: torch.device, compute_dtype: torch.dtype):
+    """The model as it makes its weights (model() is called once a step): wrapped in DDP, sharded by FSDP2, or
+    as it is."""
+    if WORLD_SIZE == 1:
+        return model
+    if parallel == "ddp":
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    sizes, names = ((WORLD_SIZE,), ("shard",))
+    if replicas > 1:
+        sizes, names = (replicas, WORLD_SIZE // replicas), ("replicate", "shard")
+    mesh = init_device_mesh(where.type, sizes, mesh_dim_names=names)
+    policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+    llamas = [model, model.teacher] if isinstance(model, models.LowRankClone) else [model]
+    for llama in llamas:
+        llama.sharded = True
+        for layer in llama.layers:
+            layer.sharded = True
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for method in ("loss", "effective_ranks"):  # besides forward(), which makes the weights
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
+    return model
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whole, on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
 
 # ---- pieces of the loop that are longer than their names
 
 
-def learning_rate_at(step: int) -> float:
-    """The learning rate of optimizer step `step` (from 0)."""
-    warmup = round(warmup_ratio * max_steps)
+def learning_rate_at(step: int, steps: int) -> float:
+    """The learning rate of optimizer step `step` (from 0) of `steps`."""
+    warmup = round(warmup_ratio * steps)
     if step < warmup:
         return learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, max_steps - warmup)
+    progress = (step - warmup) / max(1, steps - warmup)
     if lr_schedule == "linear":
         return learning_rate * (1 - progress)
     if lr_schedule == "cosine":
         return learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
     if lr_schedule == "warmup_stable_decay":
-        return learning_rate * min(1.0, (max_steps - step) / max(1, round(decay_ratio * max_steps)))
+        return learning_rate * min(1.0, (steps - step) / max(1, round(decay_ratio * steps)))
     return learning_rate
 
 
 def build_model(compute_dtype: torch.dtype):
     """The clone or the plain LM that the options describe, its own weights not yet set."""
-    if teacher is not None:
+    plain_start = init_from is not None and not models.is_clone(models.resolve(init_from))
+    if teacher is not None and not (eval_only and plain_start):
         if isinstance(teacher, dict):  # a random teacher of that shape, to measure with
             config = models.ModelConfig.from_hf(teacher, "teacher")
             big = models.Llama(config, compute_dtype).init_weights(seed).to(compute_dtype)
@@ -117,12 +228,15 @@ def build_model(compute_dtype: torch.dtype):
             big = models.load_model(teacher, compute_dtype)
         names = {field.name for field in dataclasses.fields(models.CloneConfig)}
         return models.LowRankClone(big, **{name: globals()[name] for name in names})
-    if model_config is None:
-        raise ValueError("teacher is None, so a plain LM is trained: give its shape as model_config")
-    if isinstance(model_config, str):
-        config = models.read_config(model_config)
+    shape = model_config or init_from
+    if shape is None:
+        raise ValueError(
+            "teacher is None, so a plain LM is trained: give its shape as model_config, or init_from"
+        )
+    if isinstance(shape, dict):
+        config = models.ModelConfig.from_hf(shape, "model_config")
     else:
-        config = models.ModelConfig.from_hf(model_config, "model_config")
+        config = models.read_config(models.resolve(shape))
     return models.Llama(config, compute_dtype)
 
 
@@ -131,9 +245,11 @@ def open_data(vocab_size: int, tokenizer_dir: str | None):
     if data is None:
         return RandomTokens(vocab_size, seq_len), RandomTokens(vocab_size, seq_len)
     if data == "data/quickstart/corpus" and not Path(data).exists():
-        write_shards("stdlib", data, "data/quickstart/teacher")
+        if RANK == 0:
+            write_shards("stdlib", data, "data/quickstart/teacher")
+        on_any_rank(False)  # the others wait
     sources = {data: None} if isinstance(data, str) else data
-    train_data = Mixture(sources, "tokens", seq_len, seed)
+    train_data = Mixture(sources, "tokens", seq_len, seed, sft)
     known = vocabulary_hash(load_tokenizer(tokenizer_dir)) if tokenizer_dir else None
     for shards in train_data.sources:
         size, name = shards.meta["vocab_size"], shards.meta["tokenizer"]
@@ -145,61 +261,109 @@ def open_data(vocab_size: int, tokenizer_dir: str | None):
             raise ValueError(
                 f"{shards.path} was tokenized by {name}, whose vocabulary is not {tokenizer_dir}'s"
             )
-    return train_data, Mixture(dict.fromkeys(sources), "heldout", seq_len, 0) if eval_every else None
+    evaluated = eval_every or eval_only
+    return train_data, Mixture(dict.fromkeys(sources), "heldout", seq_len, 0, sft) if evaluated else None
 
 
-def forward(model, blocks: Mixture, first: int, count: int, whole: int, where: torch.device, **options):
-    """Samples first, first + 1, … through the model, as a part of a batch of `whole` blocks.
+def count_labels(blocks, first: int, count: int) -> int:
+    """Tokens with a loss in samples first, first + 1, …"""
+    return int((blocks.rows(first, count)[1] != -100).sum()) if sft else count * seq_len
+
+
+def forward(model, weights, blocks, first: int, count: int, whole: int, labels: int, where, **options):
+    """Samples first, first + 1, … through the model: a part of a batch of `whole` blocks, `labels` labels.
 
     Returns (loss, {name in metrics.jsonl: scalar}), both shares of the batch's; nothing here waits for a GPU.
-    Of several sources, each has lm/NAME, the sum of its blocks' losses, and blocks/NAME, their number.
+    Of several sources, each has lm/NAME, the sum of its tokens' losses, and labels/NAME, their number.
     """
-    tokens = torch.from_numpy(blocks.batch(first, count)).to(where)
+    if sft:
+        ids, targets = (to_device(array, where) for array in blocks.rows(first, count))
+    else:
+        tokens = to_device(blocks.batch(first, count), where)
+        ids, targets = tokens[:, :-1], tokens[:, 1:]
     if mask_documents:
-        options["documents"] = torch.from_numpy(blocks.documents(first, count)[:, :-1]).to(where)
-    losses = model(tokens[:, :-1], tokens[:, 1:], whole * seq_len, count / whole, **options)
+        options["documents"] = torch.from_numpy(blocks.documents(first, count)[:, :-1])
+    losses = model.loss(ids, targets, weights, num_labels=labels, share=count / whole, **options)
     named = {
         name: losses[name].detach() for name in ("loss", "lm", "kl", "clone", "teacher_lm") if name in losses
     }
     if "terms" in losses:
-        sums = losses["terms"].detach().sum(0)  # none at all where clone_weight is 0
-        named |= {f"clone_{name}": value for name, value in zip(model.clone.terms(), sums, strict=False)}
+        terms = losses["terms"].detach()  # [layers, terms]; none at all where clone_weight is 0
+        for i, name in enumerate(model.clone.terms() if terms.numel() else ()):
+            named[f"clone_{name}"] = terms[:, i]  # one a layer
     if len(getattr(blocks, "sources", ())) > 1:
-        block_lm, source_of = (
-            losses["token_lm"].mean(1),
-            torch.from_numpy(blocks.sources_of(first, count)).to(where),
-        )
+        source_of = to_device(blocks.sources_of(first, count), where)[:, None]
         for index, source in enumerate(blocks.sources):
-            named[f"lm/{source.path.name}"] = (block_lm * (source_of == index)).sum()
-            named[f"blocks/{source.path.name}"] = (source_of == index).sum()
+            counted = (source_of == index) & (targets != -100)
+            named[f"lm/{source.path.name}"] = (losses["token_lm"] * counted).sum()
+            named[f"labels/{source.path.name}"] = counted.sum()
     return losses["loss"], named
 
 
-def averages(sums: dict[str, torch.Tensor], steps: int) -> dict[str, float]:
-    """What `forward` returned, summed over steps, as means; a source without a block has none."""
-    blocks = {name[7:]: int(value) for name, value in sums.items() if name.startswith("blocks/")}
-    over = {f"lm/{name}": count for name, count in blocks.items()} | {f"blocks/{name}": 0 for name in blocks}
-    return {
-        name: value.item() / over.get(name, steps) for name, value in sums.items() if over.get(name, steps)
+def add(sums: dict, values: dict, weight: int = 1) -> None:
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + value.double() * weight
+
+
+def averages(sums: dict[str, torch.Tensor], steps: int) -> dict[str, float | list[float]]:
+    """What `forward` returned, summed over steps, as means over all ranks; no token of a source: no mean."""
+    flat = over_ranks(torch.cat([value.flatten() for value in sums.values()]))
+    values = dict(zip(sums, flat.split([value.numel() for value in sums.values()]), strict=True))
+    labels = {
+        f"lm/{name[7:]}": values.pop(name).item() for name in list(values) if name.startswith("labels/")
     }
+    means = {
+        name: value / labels.get(name, steps) for name, value in values.items() if labels.get(name, steps)
+    }
+    terms = {name: value.tolist() for name, value in means.items() if value.numel() > 1}
+    means = {name: value.sum().item() for name, value in means.items()}
+    return means | ({"terms_by_layer": terms} if terms else {})
 
 
 @torch.no_grad()
-def evaluate(model, heldout: Mixture, where: torch.device) -> dict[str, float]:
-    """Means over the first eval_blocks held-out blocks; losses at T = 1, clone terms summed over layers."""
-    clone = isinstance(model, models.LowRankClone)
-    options = {"student": model.compose(), "temperature": 1.0} if clone else {}
-    blocks, sums = min(eval_blocks, heldout.total), {}
-    for first in tqdm(range(0, blocks, micro_batch_size), desc="evaluating", leave=False):
+def evaluate(model, heldout: Mixture, where: torch.device) -> dict:
+    """Means over the first eval_blocks held-out blocks, shared among the ranks; losses at T = 1."""
+    options = {"temperature": 1.0} if isinstance(model, models.LowRankClone) else {}
+    weights, blocks, sums = model(), min(eval_blocks, heldout.total), {}
+    labels = count_labels(heldout, 0, blocks)
+    for first in tqdm(range(0, blocks, micro_batch_size * WORLD_SIZE), desc="evaluating", leave=False, **BAR):
+        first += RANK * micro_batch_size
         count = min(micro_batch_size, blocks - first)
-        _, values = forward(model, heldout, first, count, blocks, where, **options)
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value.double()
-    return {f"val_{name}": value for name, value in averages(sums, 1).items() if name != "loss"}
+        mine = count > 0  # or run along, for those whose weights are sharded
+        begin, count = (first, count) if mine else (0, 1)
+        _, values = forward(model, weights, heldout, begin, count, blocks, labels, where, **options)
+        add(sums, values, int(mine))
+    result = averages(sums, 1)
+    if options:
+        ids = heldout.batch(0, min(2, blocks))[:, :-1]
+        result |= model.effective_ranks(to_device(ids, where), weights)
+    return {f"val_{name}": value for name, value in result.items() if name != "loss"}
 
 
-def print_samples(speakers: dict[str, models.Llama], tokenizer_dir: str) -> None:
-    """Continues sample_prompt by each model."""
+def shown(values: dict) -> str:
+    scalars = {name.removeprefix("val_"): value for name, value in values.items() if isinstance(value, float)}
+    return ", ".join(f"{name} {value:.4f}" for name, value in scalars.items() if "clone_" not in name)
+
+
+def report_evaluation(model, heldout: Mixture, where: torch.device) -> None:
+    """Evaluates the model and, where there is one, its teacher; prints one line of JSON."""
+    values = evaluate(model, heldout, where)
+    if isinstance(model, models.Llama) and isinstance(teacher, str):
+        reference = models.load_model(teacher, model.dtype).to(where)
+        values["val_teacher_lm"] = evaluate(reference, heldout, where)["val_lm"]
+    values["val_perplexity"] = math.exp(values["val_lm"])
+    if "val_teacher_lm" in values:
+        values["val_teacher_perplexity"] = math.exp(values["val_teacher_lm"])
+        percent = 100 * values["val_teacher_perplexity"] / values["val_perplexity"]
+        say(f"the student has {percent:.1f}% of the teacher's quality, as the ratio of their perplexities")
+    say(json.dumps({name: round(value, 4) for name, value in values.items() if isinstance(value, float)}))
+
+
+def print_samples(path: Path, tokenizer_dir: str) -> None:
+    """Continues sample_prompt by the model of a checkpoint, and by its teacher."""
+    speakers = {"model": load_student(str(path))[0]}
+    if models.is_clone(path):
+        speakers = {"student": speakers["model"], "teacher": models.load_model(teacher)}
     tokens = load_tokenizer(tokenizer_dir)
     bos, eos = special_ids(tokens, tokenizer_dir)
     ids = bos + tokens.encode(sample_prompt, add_special_tokens=False).ids
@@ -207,14 +371,6 @@ def print_samples(speakers: dict[str, models.Llama], tokenizer_dir: str) -> None
         new = [token for (token,) in generate(llama, [ids], 64, 0.8, top_p=0.9, seed=1, stop_ids=(eos,))]
         text = tokens.decode([token for token in new if token is not None])
         print(f"\n--- {name}\n{sample_prompt}{text}")
-
-
-def peak_memory_gib(where: torch.device) -> float:
-    """The most memory held so far: on the GPU, or resident in this process (Linux: KiB, macOS: bytes)."""
-    if where.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 2**30 if os.uname().sysname == "Darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def matmul_rate(where: torch.device, compute_dtype: torch.dtype) -> float:
@@ -229,9 +385,13 @@ def matmul_rate(where: torch.device, compute_dtype: torch.dtype) -> float:
 
 
 def report_benchmark(model, seconds: list[float], rates: list[float], where: torch.device) -> None:
-    """FLOPs by part, and the fraction of the matmul rate at which a step's necessary arithmetic was done."""
+    """FLOPs by part, and the fraction of the matmul rate at which a step's necessary arithmetic was done.
+
+    Medians of both, the rate measured between the steps: what else a machine does slows them alike.
+    """
     tokens = global_batch_size * seq_len
-    parts, median, rate = models.flops(model, tokens, seq_len), statistics.median(seconds[1:]), max(rates)
+    parts, median = models.flops(model, tokens, seq_len), statistics.median(seconds[1:])
+    rate = statistics.median(rates) * WORLD_SIZE
     parts["all"] = sum(parts.values())
     print(f"first step {seconds[0]:.2f} s, then a median of {median:.3f} s")
     for name, value in parts.items():
@@ -246,40 +406,81 @@ def report_benchmark(model, seconds: list[float], rates: list[float], where: tor
     print(json.dumps({name: round(value, 4) for name, value in numbers.items()}))
 
 
-def save_checkpoint(model, optimizer, step: int, tokenizer_dir: str | None) -> Path:
-    """out_dir/step_00001000, written under another name and renamed when whole."""
-    path = Path(out_dir) / f"step_{step:08d}"
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    if isinstance(model, models.LowRankClone):
-        models.save_clone(model, partial, teacher, tokenizer_dir)
-    else:
-        models.save_model(model, partial, torch.float32, tokenizer_dir)
-    (partial / "trainer").mkdir()
-    names = {p: name for name, p in model.named_parameters()}
-    state = {
-        f"{names[p]}.{key}": value.contiguous()
-        for p, values in optimizer.state.items()
-        for key, value in values.items()
-    }
-    save_file(state, partial / "trainer" / "optimizer.safetensors")
-    (partial / "trainer" / "state.json").write_text(json.dumps({"step": step, "options": options}, indent=2))
-    shutil.rmtree(path, ignore_errors=True)
-    partial.rename(path)
-    for old in models.checkpoints(out_dir)[: -max(1, keep_last)]:
-        shutil.rmtree(old)
-    return path
-
-
 # options that decide what is computed: a resumed run must have the same
 TRAJECTORY = (
     "teacher", "student_hidden_size", "model_config", "share_qkv", "share_gate_up", "tie_head_projection",
-    "student_rms_norm_eps", "data", "seq_len", "global_batch_size", "mask_documents", "seed",
+    "student_rms_norm_eps", "data", "seq_len", "global_batch_size", "mask_documents", "sft", "seed",
 )  # fmt: skip
 
 
-def load_checkpoint(path: Path, model, optimizer) -> int:
-    """Takes weights and optimizer state from a checkpoint of this run; returns its step."""
+def adam_state(model, optimizer) -> dict[str, torch.Tensor]:
+    """{parameter.exp_avg, parameter.exp_avg_sq: the optimizer's own tensors}, zeros before its first step."""
+    state = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            values = optimizer.state[p]
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[f"{name}.{key}"] = values.setdefault(key, torch.zeros_like(p.detach()))
+            values.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
+    return state
+
+
+def save_checkpoint(
+    model, optimizer, step: int, tokenizer_dir: str | None, teacher_print: str | None
+) -> Path:
+    """out_dir/step_00001000, renamed from another name when whole; OSError on every rank where one fails."""
+    path = Path(out_dir) / f"step_{step:08d}"
+    partial, error = path.with_name(path.name + ".partial"), None
+    tensors = {name: full(p.detach()).float() for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        if RANK == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "trainer").mkdir(parents=True)
+            if teacher_print:
+                models.save_clone(model, partial, teacher, tokenizer_dir, tensors, teacher_print)
+            else:
+                models.save_model(model, partial, torch.float32, tokenizer_dir, state=tensors)
+            taken = next((int(values["step"]) for values in optimizer.state.values()), 0)
+            state = {"step": step, "optimizer_steps": taken, "options": options}
+            (partial / "trainer" / "state.json").write_text(json.dumps(state, indent=2))
+    except (OSError, SafetensorError) as failure:
+        error = failure
+    if not on_any_rank(error is not None):
+        writer = HuggingFaceStorageWriter(str(partial / "trainer"), save_distributed=True)
+        try:
+            save_distributed(adam_state(model, optimizer), storage_writer=writer, no_dist=WORLD_SIZE == 1)
+        except (OSError, SafetensorError, CheckpointException) as failure:
+            error = failure
+    if on_any_rank(error is not None):
+        if RANK == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        cause = str(error or "on another rank").strip().splitlines()[-1]
+        raise OSError(f"{path} could not be written ({cause}); the checkpoints before it are intact")
+    if RANK == 0:
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+        for old in models.checkpoints(out_dir)[: -max(1, keep_last)]:
+            shutil.rmtree(old)
+    on_any_rank(False)  # no rank goes on, or ends, before the name is there
+    return path
+
+
+def newest_whole(found: list[Path]) -> Path | None:
+    """The newest checkpoint whose files can all be read; says which could not."""
+    for path in reversed(found):
+        try:
+            models.read_json(path / "config.json")
+            models.read_json(path / "trainer" / "state.json")
+            for file in (*models.weight_files(path), *(path / "trainer").glob("*.safetensors")):
+                models.open_safetensors(file)
+            return path
+        except ValueError as error:
+            say(f"passing over {path}: {error}")
+    return None
+
+
+def check_resumed(path: Path) -> dict:
+    """The checkpoint's {step, optimizer_steps, options}; ValueError where it belongs to another run."""
     state = models.read_json(path / "trainer" / "state.json")
     for name in TRAJECTORY:
         saved, now = state["options"].get(name), json.loads(json.dumps(options[name]))
@@ -287,157 +488,239 @@ def load_checkpoint(path: Path, model, optimizer) -> int:
             raise ValueError(
                 f"{path} was trained with {name} = {saved!r}, not {now!r}; a resumed run must keep it"
             )
-    if isinstance(model, models.LowRankClone):
-        parameters = model.trained()
-        names = {name: name for name in parameters}
-    else:
-        parameters = dict(model.named_parameters())
+    return state
+
+
+@torch.no_grad()
+def load_weights(path: Path, model) -> None:
+    """Takes a model's own weights from a checkpoint or Hugging Face directory that must fit it exactly."""
+    clone, saved_clone = isinstance(model, models.LowRankClone), models.is_clone(path)
+    if clone != saved_clone:
+        kinds = "a clone" if saved_clone else "a plain model", "a clone" if clone else "a plain model"
+        raise ValueError(f"{path} is {kinds[0]}; this run trains {kinds[1]} (teacher is {teacher!r})")
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    names = {name: name for name in parameters}
+    if not clone:
         names = {theirs: ours for theirs, (ours, _) in model.config.weight_names().items()}
     expected = {theirs: tuple(parameters[ours].shape) for theirs, ours in names.items()}
-    for theirs, tensor in models.read_tensors([path / "model.safetensors"], expected).items():
-        parameters[names[theirs]].data.copy_(tensor)
+    ignored = () if "lm_head.weight" in names else ("lm_head.weight",)
+    for theirs, tensor in models.read_tensors(models.weight_files(path), expected, ignored).items():
+        parameters[names[theirs]].copy_(tensor)
+
+
+def load_optimizer(path: Path, model, optimizer, steps: int) -> None:
+    """Takes AdamW's state from a checkpoint of any number of ranks, ddp or fsdp."""
+    reader = HuggingFaceStorageReader(str(path / "trainer"))
+    load_distributed(adam_state(model, optimizer), storage_reader=reader, no_dist=WORLD_SIZE == 1)
+    for values in optimizer.state.values():
+        values["step"].fill_(steps)
+
+
+def start_wandb():
+    """A function (step, values) that logs to Weights & Biases, or does nothing; it never raises."""
+    if not wandb or RANK:
+        return lambda step, values: None
     try:
-        saved = load_file(path / "trainer" / "optimizer.safetensors")
-    except SafetensorError as error:
-        raise ValueError(f"{path}/trainer/optimizer.safetensors is truncated: {error}") from None
-    for name, p in parameters.items():
-        values = {key: saved[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {key: v if key == "step" else v.to(p.device) for key, v in values.items()}
-    return state["step"]
+        import wandb as service
+
+        run = service.init(
+            project=wandb_project, name=run_name or out_dir, tags=tags, config=options, resume="allow"
+        )
+    except Exception as error:  # not installed, no network, no key, …
+        print(f"wandb is off: {error}")
+        return lambda step, values: None
+
+    def send(step: int, values: dict) -> None:
+        with contextlib.suppress(Exception):
+            run.log(values, step=step)
+
+    return send
 
 
 def main() -> None:
     # ---- what is there, and does it fit: whatever can be refused is refused here
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = start_device()
     compute_dtype = getattr(torch, dtype or ("bfloat16" if where.type == "cuda" else "float32"))
-    accumulation, rest = divmod(global_batch_size, micro_batch_size)
-    if rest:
+    accumulation, rest = divmod(global_batch_size, micro_batch_size * WORLD_SIZE)
+    if rest or not accumulation:
         raise ValueError(
-            f"global_batch_size {global_batch_size} is no multiple of micro_batch_size {micro_batch_size}"
+            f"global_batch_size {global_batch_size} is no multiple of micro_batch_size {micro_batch_size} "
+            f"on {WORLD_SIZE} processes"
         )
+    if WORLD_SIZE % replicas or (replicas > 1 and parallel == "ddp"):
+        raise ValueError(f"replicas is {replicas}; it must divide {WORLD_SIZE} processes, with parallel=fsdp")
     if isinstance(teacher, dict) and save_every:
         raise ValueError("teacher is a shape, not a model, so nothing can be saved: set save_every to 0")
+    if data is None and (mask_documents or sft):
+        raise ValueError(
+            "data is None, random tokens without documents or chats: mask_documents and sft need data"
+        )
+    if sft and (teacher is not None or mask_documents):
+        raise ValueError(
+            "sft fine-tunes a plain LM, a row a document: set teacher to None, mask_documents to False"
+        )
+    # by torchrun, after a rank died; only the node of that rank is told
+    restarted = on_any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
     found, log_file = models.checkpoints(out_dir), Path(out_dir) / "metrics.jsonl"
-    if not resume and (found or (log_file.exists() and save_every)):
+    if not (resume or restarted or eval_only) and (found or (log_file.exists() and save_every)):
         raise ValueError(
             f"{out_dir} holds a run; go on with it by --resume=True, or choose another --out_dir"
         )
+    last = newest_whole(found) if resume or restarted else None
+    state = check_resumed(last) if last else {"step": 0, "optimizer_steps": 0}
+    start = state["step"]
     model = build_model(compute_dtype).to(where)
     clone = isinstance(model, models.LowRankClone)
-    tokenizer_dir = tokenizer or (teacher if isinstance(teacher, str) else None)
+    tokenizer_dir = tokenizer or (teacher if isinstance(teacher, str) else init_from)
     train_data, heldout = open_data(model.config.vocab_size, tokenizer_dir)
+    steps = max_steps or max(1, round(epochs * train_data.total / global_batch_size))
 
-    if clone:
-        calibration = torch.from_numpy(train_data.batch(0, micro_batch_size)[:, :-1]).to(where)
-        model.init_weights(seed, init, calibration)
+    if last or init_from:
+        load_weights(last or models.resolve(init_from), model)
+    elif clone:
+        few = min(global_batch_size, max(1, 2**14 // seq_len))  # the same on any number of processes
+        model.init_weights(seed, init, to_device(train_data.batch(0, few)[:, :-1], where))
     else:
         model.init_weights(seed)
+    if eval_only:
+        return report_evaluation(model, heldout, where)
+    teacher_print = models.fingerprint(model.teacher) if clone else None
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    if compile:
+        model.run_block = torch.compile(model.run_block)
+    if activation_checkpointing:
+        model.run_block = functools.partial(checkpoint, model.run_block, use_reentrant=False)
+    make_weights = distribute(model, where, compute_dtype)
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
-    start = load_checkpoint(found[-1], model, optimizer) if resume and found else 0
-    if compile:
-        model.run_block = torch.compile(model.run_block)
-    if activation_checkpointing:
-        model.run_block = functools.partial(checkpoint, model.run_block, use_reentrant=False)
+    if last:
+        load_optimizer(last, model, optimizer, state["optimizer_steps"])
 
     # ---- what was derived
-    tokens_per_step = global_batch_size * seq_len
-    print(f"{where} ({torch.get_num_threads()} threads), torch {torch.__version__}, {compute_dtype}")
+    tokens_per_step, role = global_batch_size * seq_len, "student" if clone else "model"
+    threads, version = torch.get_num_threads(), torch.__version__
+    say(f"{where.type} x {WORLD_SIZE} ({threads} threads), torch {version}, {compute_dtype}")
     if clone:
-        frozen = sum(p.numel() for p in model.teacher.parameters())
-        print(f"teacher: {frozen:,} parameters, frozen; hidden size {model.teacher.config.hidden_size}")
-    trained = sum(p.numel() for p in parameters)
-    role = "student" if clone else "model"
-    print(f"{role}: {trained:,} trained parameters; hidden size {model.config.hidden_size}")
-    total, epochs = max_steps * tokens_per_step, max_steps * global_batch_size / train_data.total
-    print(f"{max_steps:,} steps of {tokens_per_step:,} tokens in {accumulation} micro-batches")
-    print(f"{total:,} tokens in all, {epochs:.2g} epochs of the data")
-    if start:
-        print(f"resumed from {found[-1]}")
-    os.makedirs(out_dir, exist_ok=True)
-    lines = log_file.read_text().splitlines() if start else []
-    log_file.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
+        say(f"teacher: {frozen:,} parameters, frozen; hidden size {model.teacher.config.hidden_size}")
+    say(f"{role}: {trained:,} trained parameters; hidden size {model.config.hidden_size}")
+    passes = steps * global_batch_size / train_data.total
+    say(
+        f"{steps:,} steps of {tokens_per_step:,} tokens: {accumulation} micro-batches, {WORLD_SIZE} processes"
+    )
+    say(f"{steps * tokens_per_step:,} tokens in all, {passes:.2g} epochs of the data")
+    if last:
+        say(f"resumed from {last}")
+    if RANK == 0:
+        os.makedirs(out_dir, exist_ok=True)
+        lines = log_file.read_text().splitlines() if start else []
+        log_file.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
+    send = start_wandb()
 
     def log(step: int, values: dict) -> None:
-        with open(log_file, "a") as file:
-            file.write(json.dumps({"step": step, "tokens": step * tokens_per_step, **values}) + "\n")
+        if RANK == 0:
+            line = {"step": step, "tokens": step * tokens_per_step, **values}
+            line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+            with open(log_file, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            send(step, line)
+
+    stop = []  # a signal asks for the end of the run; a second one is not waited for
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
 
     # ---- the loop
-    bar = tqdm(total=max_steps, initial=start, desc="training", unit="step")
-    rates, seconds = [matmul_rate(where, compute_dtype)] if benchmark else [], []
-    sums, logged, since = {}, start, time.perf_counter()
-    for step in range(start, max_steps):
-        lr = learning_rate_at(step)
+    bar = tqdm(total=steps, initial=start, desc="training", unit="step", **BAR)
+    rates, seconds = [], []  # with benchmark: of torch.mm between the steps, and of each step
+    sums, logged, since, values = {}, start, time.perf_counter(), {}
+    bad_steps, bad_in_a_row, worst = torch.zeros((3,), device=where)
+    for step in range(start, steps):
+        lr = learning_rate_at(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # The student's weights are composed once a step; with accumulation, gradients gather on a held copy.
-        composed = model.compose() if clone else None
-        held = model.hold(composed) if clone and accumulation > 1 else composed
+        # The weights are made once a step; with accumulation, gradients gather on a held copy of them, and
+        # are synchronised once, when it is released. All losses are shares of the whole batch's.
+        weights = make_weights()
+        held = models.hold(weights) if accumulation > 1 or model.sharded else weights
+        labels = count_labels(train_data, step * global_batch_size, global_batch_size)
         for micro in range(accumulation):
-            first = step * global_batch_size + micro * micro_batch_size
-            shared = {"student": held} if clone else {}
+            first = step * global_batch_size + (micro * WORLD_SIZE + RANK) * micro_batch_size
             loss, values = forward(
-                model, train_data, first, micro_batch_size, global_batch_size, where, **shared
+                model, held, train_data, first, micro_batch_size, global_batch_size, labels, where
             )
-            loss.backward()
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value
-        if held is not composed:
-            model.release(composed, held)
-        del composed, held, shared, loss
+            # DDP and FSDP average over the ranks; a loss that is not finite makes every gradient so
+            (loss * (WORLD_SIZE + 0.0 * loss.detach())).backward()
+            add(sums, values)
+        if held is not weights:
+            models.release(weights, held)
+        del weights, held, loss
 
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+        grad_norm = full(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
+        bad = (~grad_norm.isfinite()).float()
+        optimizer.found_inf = bad  # as GradScaler does: where it is 1, the fused step changes nothing
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        bad_steps, bad_in_a_row = bad_steps + bad, (bad_in_a_row + 1) * bad
+        worst = torch.maximum(worst, bad_in_a_row)
 
-        done, last = step + 1, step + 1 == max_steps
+        done, stopping = step + 1, on_any_rank(bool(stop))
+        last_step = done == steps or stopping
         bar.update()
-        if done % log_every == 0 or last or benchmark:
+        if done % log_every == 0 or last_step or benchmark:
             mean = averages(sums, done - logged)
             seconds.append(time.perf_counter() - since)
             speed = (done - logged) * tokens_per_step / seconds[-1]
+            memory = over_ranks(torch.tensor(peak_memory_gib(where)), dist.ReduceOp.MAX).item()
             mean |= {"grad_norm": grad_norm.item(), "learning_rate": lr, "tokens_per_second": speed}
-            log(done, mean | {"peak_memory_gib": peak_memory_gib(where)})
+            log(done, mean | {"peak_memory_gib": memory, "bad_steps": int(bad_steps)})
             bar.set_postfix_str(f"loss {mean['loss']:.3f}, lm {mean['lm']:.3f}, {speed:,.0f} tok/s")
+            if worst >= max_bad_steps:
+                raise ValueError(
+                    f"loss or gradient not finite in {int(worst)} steps in a row up to step {done}; none of "
+                    "them was taken. A lower learning_rate may help"
+                )
+            if benchmark:
+                rates.append(matmul_rate(where, compute_dtype))
             sums, logged, since = {}, done, time.perf_counter()
-        if eval_every and (done % eval_every == 0 or last):
+        if eval_every and (done % eval_every == 0 or last_step) and not stopping:
             values = evaluate(model, heldout, where)
             log(done, values)
-            shown = ", ".join(
-                f"{name[4:]} {value:.4f}" for name, value in values.items() if "clone_" not in name
-            )
-            tqdm.write(f"step {done}, held out: {shown}")
+            say(f"step {done}, held out: {shown(values)}", bar)
             since = time.perf_counter()
-        if save_every and (done % save_every == 0 or last):
-            save_checkpoint(model, optimizer, done, tokenizer_dir)
+        if save_every and (done % save_every == 0 or last_step):
+            saved = save_checkpoint(model, optimizer, done, tokenizer_dir, teacher_print)
             since = time.perf_counter()
+        if stopping:
+            break
     bar.close()
 
     # ---- what came of it
-    if benchmark:
-        report_benchmark(model, seconds, [*rates, matmul_rate(where, compute_dtype)], where)
-    if sample_prompt and tokenizer_dir:
-        print_samples(
-            {"student": model.merge(), "teacher": model.teacher} if clone else {"model": model}, tokenizer_dir
-        )
-    if eval_every and start < max_steps:
-        teachers = f", teacher {values['val_teacher_lm']:.4f}, KL {values['val_kl']:.4f}" if clone else ""
-        print(f"\nheld-out loss, nats a token: {role} {values['val_lm']:.4f}{teachers}")
-    if save_every:
-        print(f"sample it:           python sample.py --model={out_dir}")
-        print(f"export it:           python convert.py --checkpoint={out_dir} --out=student")
-        print(
-            "clone a real model:  python train.py config/smollm2_135m.py  (that file says what to download)"
-        )
+    if stop or start >= steps or (stopping and done < steps):
+        say(f"stopped after step {max(start, done)} of {steps}; go on with --resume=True")
+    elif RANK == 0:
+        if benchmark:
+            report_benchmark(model, seconds, rates, where)
+        if sample_prompt and tokenizer_dir and save_every:
+            print_samples(saved, tokenizer_dir)
+        if eval_every:
+            teachers = f", teacher {values['val_teacher_lm']:.4f}, KL {values['val_kl']:.4f}" if clone else ""
+            print(f"\nheld-out loss, nats a token: {role} {values['val_lm']:.4f}{teachers}")
+        if save_every:
+            print(f"sample it:           python sample.py --model={out_dir}")
+            print(f"export it:           python convert.py --checkpoint={out_dir} --out=student")
+            print("clone a real model:  python train.py config/smollm2_135m.py  (it says what to download)")
 
 
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {error}" if RANK == 0 else f"error on rank {RANK}: {error}") from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

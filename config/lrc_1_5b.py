@@ -1,7 +1,7 @@
 """LRC-1.5B of the paper (arXiv 2505.12781): Llama-3.2-3B-Instruct to half its width on 10.2B tokens.
 
 hf download meta-llama/Llama-3.2-3B-Instruct --local-dir models/Llama-3.2-3B-Instruct
-python train.py config/lrc_1_5b.py
+torchrun --nproc_per_node=8 train.py config/lrc_1_5b.py
 """
 
 teacher = "models/Llama-3.2-3B-Instruct"
@@ -26,3 +26,4 @@ out_dir = "out/lrc_1_5b"
 log_every = 10
 eval_every = 2000
 save_every = 2000
+sample_prompt = ""

@@ -1,7 +1,7 @@
 """LRC-1.7B of the paper (arXiv 2505.12781): Qwen2.5-3B-Instruct to 1200 of its 2048 channels on 20B tokens.
 
 hf download Qwen/Qwen2.5-3B-Instruct --local-dir models/Qwen2.5-3B-Instruct
-python train.py config/lrc_1_7b.py
+torchrun --nproc_per_node=8 train.py config/lrc_1_7b.py
 """
 
 teacher = "models/Qwen2.5-3B-Instruct"
@@ -26,3 +26,4 @@ out_dir = "out/lrc_1_7b"
 log_every = 10
 eval_every = 2000
 save_every = 2000
+sample_prompt = ""

@@ -1,7 +1,7 @@
 """LRC-4B of the paper (arXiv 2505.12781): Qwen2.5-7B-Instruct to 2048 of its 3584 channels on 18B tokens.
 
 hf download Qwen/Qwen2.5-7B-Instruct --local-dir models/Qwen2.5-7B-Instruct
-python train.py config/lrc_4b.py
+torchrun --nproc_per_node=8 train.py config/lrc_4b.py --parallel=fsdp
 """
 
 teacher = "models/Qwen2.5-7B-Instruct"
@@ -26,3 +26,4 @@ out_dir = "out/lrc_4b"
 log_every = 10
 eval_every = 2000
 save_every = 2000
+sample_prompt = ""

@@ -97,9 +97,9 @@ def golden(case):
         ours.data.copy_(numbers[f"train.{name}"].T if transposed else numbers[f"train.{name}"])
     ids = numbers["input_ids"]
     labels = F.pad(ids[:, 1:], (0, 1), value=-100)
-    result = clone(ids, labels)
+    result = clone.loss(ids, labels)
     result["loss"].backward()
-    result["raw_lm"] = clone(ids, labels, temperature=1.0)["teacher_lm"]
+    result["raw_lm"] = clone.loss(ids, labels, temperature=1.0)["teacher_lm"]
     return numbers, result, clone, names
 
 
@@ -346,8 +346,8 @@ def test_mean_squared_error(projected, over_teacher):
     teacher = teacher.detach()
     inputs = (student, projection) if projected else (student,)
     ours = MeanSquaredError.apply(student, teacher, projection if projected else None, over_teacher)
-    plain = (student - (teacher @ projection if projected else teacher)).square().mean()
-    plain = plain / teacher.square().mean() if over_teacher else plain
+    plain = (student - (teacher @ projection if projected else teacher)).square()
+    plain = (plain / teacher.square().mean(-1, keepdim=True) if over_teacher else plain).mean()
     grads, expected = torch.autograd.grad(3 * ours, inputs), torch.autograd.grad(3 * plain, inputs)
     # The mean is taken in float32, whatever comes in.
     assert relative(ours, plain) < 1e-6
@@ -361,29 +361,35 @@ TOLERANCE = 1e-5  # float32 in another order
 
 def plain_terms(clone, ids):
     """The clone losses [layers, terms], straight from the formulas: tokens through P and W in turn."""
-    teacher, options, mse = clone.teacher, clone.clone, F.mse_loss
+    teacher, options = clone.teacher, clone.clone
+
+    def mse(ours, theirs, at):
+        square = (ours - theirs).square()
+        return (
+            square / at.square().mean(-1, keepdim=True) if options.clone_scale == "teacher" else square
+        ).mean()
+
     rope = model.rope_table(teacher.config, torch.arange(ids.shape[1]))
-    x_t, student = teacher.embedding[ids], clone.compose()
+    x_t, student = teacher.embedding[ids], clone()
     x_s, rows = x_t @ clone.embedding_projection, []
     for i, layer in enumerate(teacher.layers):
         w, p = dict(layer.named_parameters()), clone.layers[i].projections
         p = {name: p[home] for name, home in clone.layers[i].home.items()}
         x_t, t = model.block(x_t, w, teacher.config, rope)
-        x_s, s = model.block(x_s, student["layers"][i], clone.config, rope)
+        x_s, s = model.block(x_s, w | student["layers"][i], clone.config, rope)
         reads = {"q": "attn_in", "k": "attn_in", "v": "attn_in", "gate": "mlp_in", "up": "mlp_in"}
-        row = {m: mse(F.linear(s[x] @ p[m].T, w[m], w.get(f"{m}_bias")), t[m]) for m, x in reads.items()}
-        row["attn_in"] = mse(s["attn_in"] @ p["q"].T, t["attn_in"])
-        row["mlp_in"] = mse(s["mlp_in"] @ p["gate"].T, t["mlp_in"])
+        row = {
+            m: mse(F.linear(s[x] @ p[m].T, w[m], w.get(f"{m}_bias")), t[m], t[m]) for m, x in reads.items()
+        }
+        row["attn_in"] = mse(s["attn_in"] @ p["q"].T, t["attn_in"], t["attn_in"])
+        row["mlp_in"] = mse(s["mlp_in"] @ p["gate"].T, t["mlp_in"], t["mlp_in"])
         wide = {
             "attn_out": (F.linear(s["attended"], w["o"], w.get("o_bias")), t["o"], "o"),
             "mlp_out": ((F.silu(s["gate"]) * s["up"]) @ w["down"].T, t["down"], "down"),
         }
         for name, (ours, theirs, m) in wide.items():
             in_student = getattr(options, f"clone_{name}") == "student"
-            row[name] = mse(ours @ p[m], theirs @ p[m]) if in_student else mse(ours, theirs)
-        if options.clone_scale == "teacher":
-            sources = {"attn_out": "o", "mlp_out": "down"}
-            row = {name: term / t[sources.get(name, name)].square().mean() for name, term in row.items()}
+            row[name] = mse(ours @ p[m], theirs @ p[m], theirs) if in_student else mse(ours, theirs, theirs)
         rows.append(torch.stack([row[name] for name in options.terms()]))
     return torch.stack(rows)
 
@@ -403,7 +409,7 @@ def plain_terms(clone, ids):
 def test_loss_and_gradients_equal_the_formulas(options, teacher):
     clone = random_clone(random_llama(**teacher), lm_weight=0.5, kl_weight=0.1, **options)
     ids, labels = random_batch(2, 10)
-    result = clone(ids, labels)
+    result = clone.loss(ids, labels)
     terms = plain_terms(clone, ids)
     z, teacher_z = clone.logits(ids).flatten(0, 1), clone.teacher.logits(ids).flatten(0, 1)
     scales = 0.5 / (labels != -100).sum(), 0.1 / labels.numel(), 40.0
@@ -448,7 +454,7 @@ def test_shared_projections():
 @pytest.mark.parametrize("options", [{}, {"share_qkv": True, "share_gate_up": True}, {"clone_weight": 0.0}])
 def test_every_trained_tensor_gets_a_gradient(options):
     clone = random_clone(random_llama(family="qwen2"), tie_head_projection=False, **options)
-    clone(*random_batch(2, 10))["loss"].backward()
+    clone.loss(*random_batch(2, 10))["loss"].backward()
     still = {name for name, p in clone.trained().items() if p.grad is None or not p.grad.abs().max() > 0}
     assert not still
     assert all(p.grad is None for p in clone.teacher.parameters())
@@ -456,10 +462,10 @@ def test_every_trained_tensor_gets_a_gradient(options):
 
 def test_skipped_terms_and_layers():
     teacher, batch = random_llama(), random_batch(2, 10)
-    terms = random_clone(teacher)(*batch)["terms"]  # [layers, q k v attn_out gate up mlp_out]
-    fewer = random_clone(teacher, clone_skip=("k", "mlp_out"))(*batch)["terms"]
+    terms = random_clone(teacher).loss(*batch)["terms"]  # [layers, q k v attn_out gate up mlp_out]
+    fewer = random_clone(teacher, clone_skip=("k", "mlp_out")).loss(*batch)["terms"]
     assert torch.equal(fewer, terms[:, [0, 2, 3, 4, 5]])
-    result = random_clone(teacher, clone_skip_layers=(0,))(*batch)
+    result = random_clone(teacher, clone_skip_layers=(0,)).loss(*batch)
     assert torch.equal(result["terms"], terms * torch.tensor([[0.0], [1.0]]))
     assert relative(result["clone"], terms[1].sum()) < TOLERANCE
     with pytest.raises(ValueError, match=r"clone_skip is \('gates',\); allowed"):
@@ -470,19 +476,19 @@ def test_micro_batches_add_up_to_the_batch():
     clone = random_clone(share_qkv=True)
     ids, labels = random_batch(8, 12)
     labels[0], labels[1, 1:] = -100, -100  # the parts have different numbers of labels, one none
-    whole = clone(ids, labels)
+    whole = clone.loss(ids, labels)
     whole["loss"].backward()
     expected = {name: p.grad.clone() for name, p in clone.trained().items()}
     clone.zero_grad()
-    student, sums = clone.compose(), dict.fromkeys(("loss", "lm", "kl", "clone"), 0.0)
-    held, num_labels = clone.hold(student), (labels != -100).sum()
+    student, sums = clone(), dict.fromkeys(("loss", "lm", "kl", "clone"), 0.0)
+    held, num_labels = model.hold(student), (labels != -100).sum()
     for row in range(8):
         part = ids[row : row + 1], labels[row : row + 1]
-        result = clone(*part, num_labels=num_labels, share=1 / 8, student=held)
+        result = clone.loss(*part, num_labels=num_labels, share=1 / 8, weights=held)
         result["loss"].backward()
         sums = {name: total + result[name].detach() for name, total in sums.items()}
     assert all(p.grad is None for p in clone.trained().values())  # all of it waits on `held`
-    clone.release(student, held)
+    model.release(student, held)
     assert all(relative(total, whole[name]) < TOLERANCE for name, total in sums.items())
     errors = {name: relative(p.grad, expected[name]) for name, p in clone.trained().items()}
     assert max(errors.values()) < TOLERANCE, errors
@@ -537,7 +543,7 @@ def test_clone_round_trip(tmp_path):
         again = loaded.get_parameter(name)
         assert torch.equal(again, weight) and again.requires_grad == weight.requires_grad, name
     batch = random_batch(2, 10)
-    assert torch.equal(loaded(*batch)["loss"], clone(*batch)["loss"])
+    assert torch.equal(loaded.loss(*batch)["loss"], clone.loss(*batch)["loss"])
 
 
 def test_clone_finds_only_its_own_teacher(tmp_path):
@@ -567,7 +573,7 @@ def test_bfloat16_clone_is_close_to_float32(tmp_path):
     clone = random_clone(model.load_model(tmp_path / "teacher"))
     model.save_clone(clone, tmp_path / "clone", str(tmp_path / "teacher"), "tokenizer")
     half, batch = model.load_clone(tmp_path / "clone", torch.bfloat16), random_batch(4, 32)
-    ours, expected = half(*batch), clone(*batch)
+    ours, expected = half.loss(*batch), clone.loss(*batch)
     for name in ("lm", "kl", "clone"):  # a few roundings of 2^-8, averaged over tokens
         assert relative(ours[name], expected[name]) < 0.03, name
     ours["loss"].backward()
@@ -577,7 +583,7 @@ def test_bfloat16_clone_is_close_to_float32(tmp_path):
 @pytest.mark.parametrize("how", ["compile", "checkpoint"])
 def test_compiled_and_checkpointed_layers_change_nothing(how):
     clone, batch = random_clone(), random_batch(2, 12)
-    expected = clone(*batch)["loss"]
+    expected = clone.loss(*batch)["loss"]
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in clone.trained().items()}
     clone.zero_grad()
@@ -585,7 +591,7 @@ def test_compiled_and_checkpointed_layers_change_nothing(how):
         clone.run_block = torch.compile(clone.run_block, backend="aot_eager")
     else:
         clone.run_block = functools.partial(checkpoint, clone.run_block, use_reentrant=False)
-    loss = clone(*batch)["loss"]
+    loss = clone.loss(*batch)["loss"]
     loss.backward()
     assert relative(loss, expected) < TOLERANCE
     for name, p in clone.trained().items():
@@ -621,10 +627,10 @@ def test_masked_documents_do_not_see_each_other():
     clone, (ids, labels) = random_clone(), random_batch(1, 12)
     labels[:] = labels.clamp(min=0)
     documents = torch.tensor([[0] * 5 + [1] * 7])
-    together = clone(ids, labels, documents=documents)
-    apart = [clone(ids[:, part], labels[:, part]) for part in (slice(0, 5), slice(5, 12))]
+    together = clone.loss(ids, labels, documents=documents)
+    apart = [clone.loss(ids[:, part], labels[:, part]) for part in (slice(0, 5), slice(5, 12))]
     expected = torch.cat([losses["token_lm"] for losses in apart], dim=1)
     assert relative(together["token_lm"], expected) < TOLERANCE
-    assert relative(clone(ids, labels)["token_lm"], expected) > 100 * TOLERANCE
-    alone = clone.merge()(ids, labels, documents=documents)["token_lm"]
+    assert relative(clone.loss(ids, labels)["token_lm"], expected) > 100 * TOLERANCE
+    alone = clone.merge().loss(ids, labels, documents=documents)["token_lm"]
     assert relative(alone, expected) < TOLERANCE

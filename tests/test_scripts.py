@@ -1,57 +1,25 @@
 """The scripts end to end, through their command lines: a random two-layer teacher and generated text."""
 
-import gzip
 import json
-import os
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import BUNDLED, DOCUMENTS, SHAPE, clone_options, metrics, run, succeed
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import model as models
 from sample import generate, pick
-
-ROOT = Path(__file__).resolve().parents[1]
-BUNDLED = ROOT / "data/quickstart/teacher"
-SHAPE = {
-    "vocab_size": 4096, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
-    "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 0,
-}  # fmt: skip
-DOCUMENTS = [
-    f"def f{i}(x):\n    # {'ünï 日本 🙂 ' * (i % 3)}\n    return x ** {i} + {i * i}\n" * (1 + i % 7)
-    for i in range(120)
-]
-
-
-def run(script, *arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, script, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
-def succeed(script, *arguments):
-    done = run(script, *arguments)
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 def in_parallel(calls):
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda call: run(*call), calls))
-
-
-def metrics(out_dir):
-    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def transformers_model(path):
@@ -63,43 +31,6 @@ def transformers_model(path):
 
 def ids_of(*shape):
     return torch.randint(1, 4096, shape, generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    return tmp_path_factory.mktemp("work")
-
-
-@pytest.fixture(scope="module")
-def teacher(work):
-    torch.manual_seed(0)
-    # ten times the usual deviation: logits far enough apart that rounding does not decide what is likeliest
-    LlamaForCausalLM(LlamaConfig(**SHAPE, initializer_range=0.2)).save_pretrained(work / "teacher")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BUNDLED / name, work / "teacher")
-    return work / "teacher"
-
-
-@pytest.fixture(scope="module")
-def text(work):
-    """DOCUMENTS in order of their file names: two .txt, a .jsonl and a .jsonl.gz."""
-    (work / "text").mkdir()
-    lines = [json.dumps({"body": document}) + "\n" for document in DOCUMENTS]
-    for i in range(2):
-        (work / f"text/{i}.txt").write_text(DOCUMENTS[i], encoding="utf-8")
-    (work / "text/2.jsonl").write_text("".join(lines[2:60]) + "\n")
-    with gzip.open(work / "text/3.jsonl.gz", "wt") as file:
-        file.write("".join(lines[60:]))
-    return work / "text"
-
-
-@pytest.fixture(scope="module")
-def corpus(work, text, teacher):
-    out = work / "corpus"
-    done = succeed("prepare.py", f"--input={text}/*", f"--out={out}", f"--tokenizer={teacher}",
-                   "--text_key=body", "--heldout_fraction=0.2", "--shard_tokens=2000")  # fmt: skip
-    out.with_name("corpus.log").write_text(done.stdout)
-    return out
 
 
 def read_split(corpus, split):
@@ -114,14 +45,6 @@ def documents_of(corpus, split, eos=0):
     ids = np.concatenate(read_split(corpus, split))
     assert ids[-1] == eos
     return [part.tolist() for part in np.split(ids, np.flatnonzero(ids == eos) + 1)[:-1]]
-
-
-def clone_options(teacher, corpus, out_dir, *more):
-    return (
-        f"--teacher={teacher}", f"--data={corpus}", f"--out_dir={out_dir}", "--student_hidden_size=24",
-        "--seq_len=32", "--global_batch_size=4", "--micro_batch_size=2", "--max_steps=20", "--save_every=10",
-        "--keep_last=2", "--log_every=5", "--eval_every=10", "--eval_blocks=3", "--sample_prompt=", *more,
-    )  # fmt: skip
 
 
 def plain_options(teacher, corpus, out_dir, *more):
@@ -286,7 +209,7 @@ def test_resume_repeats_the_uninterrupted_run(name, runs, resumed):
     assert computed(resumed[name]) == computed(runs[name])
     names = [path.name for path in models.checkpoints(runs[name])]
     assert [path.name for path in models.checkpoints(resumed[name])] == names and len(names) == 2
-    for file in ("model.safetensors", "trainer/optimizer.safetensors"):
+    for file in ("model.safetensors", "trainer/shard-00001-model-00001-of-00001.safetensors"):
         straight, again = (load_file(out[name] / names[-1] / file) for out in (runs, resumed))
         assert straight.keys() == again.keys()
         assert [key for key in straight if not torch.equal(straight[key], again[key])] == []
