@@ -30,6 +30,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+try:  # optional, for CUDA: its kernel for documents apart needs no mask
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+except ImportError:
+    flash_attn_func = flash_attn_varlen_func = None
+
 # Our name of each weight of a layer -> its name in a Hugging Face checkpoint, under "model.layers.{i}."
 LAYER_NAMES = {
     "input_norm": "input_layernorm.weight",
@@ -222,13 +227,42 @@ def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def within_documents(documents: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions [B, 1, T] and attention mask [B, 1, T, T] that restart where documents [B, T] change."""
+def flash_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    return flash_attn_func is not None and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def within_documents(documents: Tensor, device: torch.device, dtype: torch.dtype):
+    """(positions [B, 1, T], what `attention` takes as mask), both restarting where documents [B, T] change.
+
+    Worked out where `documents` lies, on a CPU without waiting for the device they go to.
+    """
     order = torch.arange(documents.shape[1], device=documents.device)
     begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
     starts = torch.where(begins, order, 0).cummax(dim=1).values
+    positions = (order - starts)[:, None].to(device, non_blocking=True)
+    if flash_runs(device, dtype):
+        bounds = F.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=documents.numel())
+        return positions, (bounds.to(device, torch.int32, non_blocking=True), int(bounds.diff().max()))
     mask = (documents[:, :, None] == documents[:, None, :]) & (order[:, None] >= order)
-    return (order - starts)[:, None], mask[:, None]
+    return positions, mask[:, None].to(device, non_blocking=True)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
+    """q [B, H, T, head_dim] to k, v [B, G, L, head_dim] -> [B, T, H·head_dim].
+
+    mask: bool [B, 1, T, L]; None: causal; (bounds [documents + 1], longest): causal within documents, whose
+    bounds are int32 offsets into the batch's B · T tokens, by flash-attn.
+    """
+    if mask is not None and not isinstance(mask, Tensor):
+        bounds, longest = mask
+        flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B·T, heads, head_dim]
+        attended = flash_attn_varlen_func(*flat, bounds, bounds, longest, longest, causal=True)
+        return attended.unflatten(0, (q.shape[0], q.shape[2])).flatten(2)
+    if mask is None and q.shape[2] == k.shape[2] and flash_runs(q.device, q.dtype):
+        return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True).flatten(2)
+    causal, grouped = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return attended.transpose(1, 2).flatten(2)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -269,7 +303,7 @@ class GatedLinear(torch.autograd.Function):
 def block(x: Tensor, w: dict[str, Tensor], config: ModelConfig, rope, mask=None, cache=None):
     """One Llama layer. x [B, T, D] -> (x [B, T, D], activations).
 
-    w: the layer's weights by the names of LAYER_NAMES. mask: bool [B, 1, T, L], or None for causal attention.
+    w: the layer's weights by the names of LAYER_NAMES. mask: see attention.
     cache: (keys [B, G, L, head_dim], values, start); this call writes positions start .. start + T and
     attends to all before. activations: q, k, v, gate, up before RoPE and nonlinearity, o and down as added
     to the stream, attended [B, T, H·head_dim] and ffn [B, T, F] as o and down read them, and attn_in,
@@ -289,15 +323,7 @@ def block(x: Tensor, w: dict[str, Tensor], config: ModelConfig, rope, mask=None,
         end = start + q.shape[2]
         keys[:, :, start:end], values[:, :, start:end] = k, v
         k, v = keys[:, :, :end], values[:, :, :end]
-    heads = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=mask is None and q.shape[2] > 1,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    a["attended"] = heads.transpose(1, 2).flatten(2)  # [B, T, H·head_dim]
+    a["attended"] = attention(q, k, v, mask)  # [B, T, H·head_dim]
     a["o"] = F.linear(a["attended"], w["o"], w.get("o_bias"))
     x = x + a["o"]
     a["mlp_in"] = rms_norm(x, w["post_norm"], config.rms_norm_eps)
@@ -577,7 +603,9 @@ class Llama(nn.Module):
         of a block, which then do not see each other.
         """
         weights = weights or self()
-        positions, mask = (None, None) if documents is None else within_documents(documents)
+        positions, mask = None, None
+        if documents is not None:
+            positions, mask = within_documents(documents, ids.device, self.dtype)
         hidden = self.hidden_states(ids, positions, mask, weights=weights)
         head = weights.get("head", weights["embedding"])
         return head_loss(hidden, head, labels, num_labels=num_labels, share=share)
@@ -829,7 +857,7 @@ class LowRankClone(nn.Module):
         names = clone.terms() if clone.clone_weight else []
         positions, mask = torch.arange(ids.shape[1], device=ids.device), None
         if documents is not None:
-            positions, mask = within_documents(documents)
+            positions, mask = within_documents(documents, ids.device, teacher.dtype)
         rope = rope_table(self.config, positions)
         x_t = F.embedding(ids, teacher.embedding).to(teacher.dtype)
         x_s = x_t @ student["embedding_projection"]

@@ -634,3 +634,51 @@ def test_masked_documents_do_not_see_each_other():
     assert relative(clone.loss(ids, labels)["token_lm"], expected) > 100 * TOLERANCE
     alone = clone.merge().loss(ids, labels, documents=documents)["token_lm"]
     assert relative(alone, expected) < TOLERANCE
+
+
+def test_flash_attention_is_called_as_documented(monkeypatch):
+    """A double that checks layout, dtype, causal flag and grouped heads, and computes by SDPA."""
+    calls = []
+
+    def by_sdpa(q, k, v, mask=None):
+        q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
+        options = {"attn_mask": mask} if mask is not None else {"is_causal": True}
+        return F.scaled_dot_product_attention(q, k, v, **options, enable_gqa=True).transpose(-3, -2)
+
+    def check(q, k, v, dimensions):
+        assert q.dtype == k.dtype == v.dtype == torch.bfloat16
+        assert q.ndim == dimensions and k.shape == v.shape and all(x.stride(-1) == 1 for x in (q, k, v))
+        assert q.shape[-2:] == (4, 8) and k.shape[-2:] == (2, 8)  # heads, then head_dim
+
+    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+        check(q, k, v, 4)
+        assert causal and q.shape[:2] == k.shape[:2] == (2, 12)
+        calls.append("func")
+        return by_sdpa(q, k, v)
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+        causal=False,
+    ):  # fmt: skip
+        check(q, k, v, 3)
+        assert causal and cu_seqlens_q is cu_seqlens_k and cu_seqlens_q.dtype == torch.int32
+        assert cu_seqlens_q.tolist() == [0, 5, 12, 24] and max_seqlen_q == max_seqlen_k == 12
+        calls.append("varlen")
+        document = torch.bucketize(torch.arange(24), cu_seqlens_q, right=True)
+        mask = (document[:, None] == document) & torch.ones(24, 24, dtype=torch.bool).tril()
+        return by_sdpa(q, k, v, mask)
+
+    monkeypatch.setattr(model, "flash_attn_func", flash_attn_func)
+    monkeypatch.setattr(model, "flash_attn_varlen_func", flash_attn_varlen_func)
+    llama = random_llama(num_attention_heads=4, num_key_value_heads=2)
+    llama.dtype = torch.bfloat16
+    clone, (ids, labels) = random_clone(llama), random_batch(2, 12)
+    documents = torch.tensor([[0] * 5 + [1] * 7, [2] * 12])
+    plain = clone.loss(ids, labels), clone.loss(ids, labels, documents=documents)
+    assert not calls
+    monkeypatch.setattr(model, "flash_runs", lambda device, dtype: dtype == torch.bfloat16)
+    flash = clone.loss(ids, labels), clone.loss(ids, labels, documents=documents)
+    assert calls == ["func"] * 4 + ["varlen"] * 4  # teacher and student, two layers
+    for a, b in zip(flash, plain, strict=True):
+        assert relative(a["token_lm"], b["token_lm"]) < 0.01  # bfloat16
+    flash[1]["loss"].backward()
