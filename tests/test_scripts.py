@@ -282,3 +282,72 @@ def test_pick_keeps_top_k_and_top_p():
         # four standard deviations of a share of 2000 draws
         torch.testing.assert_close(found, torch.tensor(expected).float(), rtol=0, atol=0.045)
         assert [p > 0 for p in found.tolist()] == [p > 0 for p in expected]
+
+
+# ---- fine-tuning and evaluation
+
+
+@pytest.fixture(scope="module")
+def chats(work, teacher):
+    """SFT rows of 60 chats, under a template of ours: answers of very different lengths."""
+    where = work / "chat_tokenizer"
+    shutil.copytree(teacher, where)
+    (where / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}\n{{ eos_token }}{% endfor %}"
+    )
+    rows = [
+        [{"role": "user", "content": f"How is {i} squared?"},
+         {"role": "assistant", "content": f"return {i} ** 2\n" * (1 + i % 9)}] for i in range(60)
+    ]  # fmt: skip
+    (work / "chats.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    succeed("prepare.py", f"--input={work}/chats.jsonl", "--sft=True", f"--tokenizer={where}", "--seq_len=64",
+            f"--out={work}/chats", "--heldout_fraction=0.2")  # fmt: skip
+    return work / "chats"
+
+
+def sft_options(student, chats, out_dir, *more):
+    return (
+        "--teacher=None", f"--init_from={student}", "--sft=True", f"--data={chats}", f"--out_dir={out_dir}",
+        "--seq_len=64", "--max_steps=0", "--global_batch_size=8", "--micro_batch_size=8", "--log_every=1",
+        "--sample_prompt=", "--eval_every=2", *more,
+    )  # fmt: skip
+
+
+def test_fine_tuning_on_answers(work, exported, chats):
+    """Two epochs of SFT; eight micro-batches of one row take the same steps as one of eight rows."""
+    calls = [("train.py", *sft_options(exported["float32"], chats, work / f"sft_{size}", "--epochs=2",
+                                       f"--micro_batch_size={size}")) for size in (8, 1)]  # fmt: skip
+    for result in in_parallel(calls):
+        assert result.returncode == 0, result.stderr
+    whole, parts = metrics(work / "sft_8"), metrics(work / "sft_1")
+    rows = json.loads((chats / "meta.json").read_text())["documents"]["tokens"]
+    assert whole[-1]["step"] == round(2 * rows / 8)
+    for a, b in zip(whole, parts, strict=True):
+        for name in a.keys() & {"loss", "lm", "grad_norm", "val_lm"}:
+            # rounding in another order, which AdamW passes on
+            assert a[name] == pytest.approx(b[name], rel=1e-5 if a["step"] == 1 else 1e-3), (a["step"], name)
+    losses = [line["val_lm"] for line in whole if "val_lm" in line]
+    assert losses[-1] < 0.9 * losses[0]
+    last = models.checkpoints(work / "sft_8")[-1]
+    assert transformers_model(last).config.hidden_size == 24
+
+
+def test_evaluation_only(runs, exported, corpus, teacher):
+    """A clone, and its export beside the teacher, have the losses of the run's last evaluation."""
+    shared = (f"--teacher={teacher}", f"--data={corpus}", "--seq_len=32", "--global_batch_size=4",
+              "--micro_batch_size=2", "--eval_blocks=3", "--eval_only=True", "--student_hidden_size=24")  # fmt: skip
+    expected = metrics(runs["clone"])[-1]
+    for path in (runs["clone"], exported["float32"]):
+        done = succeed("train.py", *shared, f"--init_from={path}", "--out_dir=none")
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["val_lm"] == pytest.approx(expected["val_lm"], abs=2e-4)
+        assert found["val_teacher_lm"] == pytest.approx(expected["val_teacher_lm"], abs=2e-4)
+        assert "% of the teacher's quality" in done.stdout
+
+
+def test_a_clone_goes_on_from_a_clone(work, runs, corpus, teacher):
+    options = clone_options(
+        teacher, corpus, work / "further", f"--init_from={runs['clone']}", "--max_steps=5"
+    )
+    succeed("train.py", *options)
+    assert metrics(work / "further")[0]["loss"] < metrics(runs["clone"])[0]["loss"]
