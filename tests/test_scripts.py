@@ -335,7 +335,8 @@ def test_fine_tuning_on_answers(work, exported, chats):
 def test_evaluation_only(runs, exported, corpus, teacher):
     """A clone, and its export beside the teacher, have the losses of the run's last evaluation."""
     shared = (f"--teacher={teacher}", f"--data={corpus}", "--seq_len=32", "--global_batch_size=4",
-              "--micro_batch_size=2", "--eval_blocks=3", "--eval_only=True", "--student_hidden_size=24")  # fmt: skip
+              "--micro_batch_size=2", "--eval_blocks=3", "--eval_only=True",
+              "--student_hidden_size=24")  # fmt: skip
     expected = metrics(runs["clone"])[-1]
     for path in (runs["clone"], exported["float32"]):
         done = succeed("train.py", *shared, f"--init_from={path}", "--out_dir=none")
