@@ -579,16 +579,16 @@ class Llama(nn.Module):
         return rms_norm(x, weights["norm"], self.config.rms_norm_eps)
 
     @torch.no_grad()
-    def channel_energy(self, ids: Tensor) -> Tensor:
-        """Each channel's share [D] of the residual stream's energy, averaged over tokens and layers."""
+    def stream_covariance(self, ids: Tensor) -> Tensor:
+        """Second moments [D, D], float64, of the residual stream's directions x / |x|, averaged over tokens
+        and over what each layer reads and the head reads; their trace is 1."""
         rope = rope_table(self.config, torch.arange(ids.shape[1], device=ids.device))
-        x = F.embedding(ids, self.embedding).to(self.dtype)
-        energy = torch.zeros(x.shape[-1], dtype=torch.float64, device=x.device)
-        for layer in self.layers:
-            x = plain_block(x, layer.weights(self.dtype), self.config, rope)
-            square = x.double().square()
-            energy += (square / square.sum(-1, keepdim=True)).mean((0, 1))
-        return energy / len(self.layers)
+        x, total = F.embedding(ids, self.embedding).to(self.dtype), 0.0
+        for layer in [*self.layers, None]:
+            directions = F.normalize(x.flatten(0, 1).float(), dim=-1)
+            total = total + (directions.T @ directions).double() / len(directions)
+            x = x if layer is None else plain_block(x, layer.weights(self.dtype), self.config, rope)
+        return total / (len(self.layers) + 1)
 
     def logits(self, ids: Tensor, **kwargs) -> Tensor:
         """ids [B, T] -> logits [B, T, V], float32."""
@@ -795,11 +795,11 @@ class LowRankClone(nn.Module):
         """Projections and norms by `init`; the same for the same seed and calibration ids [B, T].
 
         "random": N(0, 0.02) and ones, as the authors' code. "orthogonal": orthonormal columns and ones.
-        "channel" (after arXiv 2605.29327): every projection selects the d_S channels of the residual stream
-        that carry most of its energy on the calibration batch, and the norms are the teacher's there.
+        "channel" (after arXiv 2605.29327) and "pca": the student's stream is the teacher's in one basis U
+        [d_T, d_S], the channels or principal directions with most of its energy on the calibration batch.
         """
-        generator = torch.Generator().manual_seed(seed)
-        for name, weight in self.trained().items():
+        generator, weights = torch.Generator().manual_seed(seed), self.trained()
+        for name, weight in weights.items():
             if name.endswith("norm"):
                 nn.init.ones_(weight)
             elif init == "orthogonal":
@@ -807,22 +807,35 @@ class LowRankClone(nn.Module):
                 weight.data.copy_(torch.linalg.qr(gaussian).Q)
             else:
                 weight.data.copy_(torch.empty(weight.shape).normal_(0.0, 0.02, generator=generator))
+        if init not in ("channel", "pca"):
+            return self
+        d_s, covariance = self.config.hidden_size, self.teacher.stream_covariance(calibration)
         if init == "channel":
-            d_s = self.config.hidden_size
-            energy = self.teacher.channel_energy(calibration)
-            chosen = energy.topk(d_s).indices.sort().values
-            # x / rms(x) of the chosen channels alone is smaller by this than among all
-            scale = (energy[chosen].sum() / energy.sum() * energy.numel() / d_s).sqrt()
-            selection = F.one_hot(chosen, energy.numel()).T.float()
-            norms = {f"layers.{i}.": layer for i, layer in enumerate(self.teacher.layers)} | {
-                "": self.teacher
-            }
-            for name, weight in self.trained().items():
-                if name.endswith("norm"):
-                    owner = norms[name[: name.rindex(".") + 1] if "." in name else ""]
-                    weight.data.copy_(getattr(owner, name.split(".")[-1])[chosen] * scale)
-                else:
-                    weight.data.copy_(selection)
+            chosen = covariance.diagonal().topk(d_s).indices.sort().values
+            basis = F.one_hot(chosen, len(covariance)).T.double()
+        else:
+            basis = torch.linalg.eigh(covariance).eigenvectors[:, -d_s:]
+        # less energy in fewer channels: x / rms(x) of what is kept is smaller by this than the teacher's
+        scale = ((basis * (covariance @ basis)).sum() * len(covariance) / d_s).sqrt()
+
+        def absorb(norm: nn.Parameter, projections: list[nn.Parameter], gamma: Tensor) -> None:
+            """What reads U^T x through the teacher's norm weight gamma, as far as a basis allows."""
+            norm.data.fill_(gamma.mean() * scale)
+            for projection in projections:
+                projection.data.copy_(gamma[:, None] / gamma.mean() * basis)
+
+        for layer, teacher in zip(self.layers, self.teacher.layers, strict=True):
+            p = {name: layer.projections[home] for name, home in layer.home.items()}
+            absorb(layer.input_norm, [p["q"], p["k"], p["v"]], teacher.input_norm.double())
+            absorb(layer.post_norm, [p["gate"], p["up"]], teacher.post_norm.double())
+            for name in WRITES:
+                p[name].data.copy_(basis)
+        gamma = self.teacher.norm.double()
+        self.embedding_projection.data.copy_(basis)
+        if self.head_projection is None:  # the embedding's: the norm takes what it can of gamma
+            self.norm.data.copy_((basis.square() * gamma[:, None]).sum(0) * scale)
+        else:
+            absorb(self.norm, [self.head_projection], gamma)
         return self
 
     def forward(self) -> dict:

@@ -30,6 +30,7 @@ import time
 
 import torch
 from safetensors.torch import load_file
+from test_parallel import ranks_of
 from tqdm import tqdm
 
 from model import checkpoints
@@ -75,7 +76,8 @@ if __name__ == "__main__":
         time.sleep(moments.uniform(0.0, 1.0))
         if process.poll() is not None:
             raise SystemExit(f"it ended by itself:\n{(work / 'killed.log').read_text()[-2000:]}")
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in (*ranks_of(process).values(), process.pid):  # torchrun's workers have their own sessions
+            os.kill(pid, signal.SIGKILL)
         process.wait()
         saving += any(work.glob("killed/*.partial"))
     found = finish(work / "killed")
