@@ -59,8 +59,9 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from datetime import datetime
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -178,14 +179,6 @@ def read_blocks(stream, compression: str) -> Iterator[bytes]:
         raise EOFError("the compressed data ends early")
 
 
-def read_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    rest = b""
-    for block in blocks:
-        *lines, rest = (rest + block).split(b"\n")
-        yield from lines
-    yield rest
-
-
 def pieces(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
     """(a document's next bytes, whether they are its last), cut between lines, where a token ends anyway."""
     data, between = b"", re.compile(rb"\S\n(?=\S)")
@@ -286,9 +279,12 @@ def read_file(file: Path, stream, settings: dict) -> Iterator[tuple]:
     blocks, number = read_blocks(stream, compression), 0
     try:
         if kind == "jsonl":
-            for number, line in enumerate(read_lines(blocks), 1):
-                if line.strip():
-                    yield f"{file}:{number}", line, len(line)
+            rest = b""
+            for block in chain(blocks, [b"\n"]):
+                *lines, rest = (rest + block).split(b"\n")
+                for number, line in enumerate(lines, number + 1):  # noqa: B020
+                    if line.strip():
+                        yield f"{file}:{number}", line, len(line)
         elif kind == "json":
             yield from read_json(file, blocks)
         elif kind == "parquet":
@@ -413,9 +409,8 @@ def read_item(item) -> tuple[str, list[tuple[str | list[int], bool]], bool] | No
             raise ValueError("not a chat" if settings["sft"] else f"no text under {settings['text_key']}")
     else:
         try:
-            segments = chat_segments(
-                read_chat(turns), chat_template(settings["tokenizer"]), WORKER["closing"]
-            )
+            render = chat_template(settings["tokenizer"])
+            segments = chat_segments(read_chat(turns), render, WORKER["closing"])
         except Exception as error:  # whatever a template does not like about a chat
             raise ValueError(f"chat: {error}") from None
         text = "".join(segment for segment, _ in segments)
@@ -509,10 +504,12 @@ class ShardWriter:
         self.directory, self.split, self.dtypes, self.limit = directory, split, dtypes, limit
         self.shards, self.counts = state["shards"], state["counts"]
 
+    def path(self, column: str) -> Path:
+        return self.directory / shard_file(self.split, column, len(self.shards))
+
     def open(self, column: str):
-        path = self.directory / shard_file(self.split, column, len(self.shards))
-        path.touch()
-        return open(path, "r+b")
+        self.path(column).touch()
+        return open(self.path(column), "r+b")
 
     def write(self, tokens: np.ndarray, ends: np.ndarray, mask: np.ndarray) -> None:
         """Documents that end at `ends` in tokens; with a mask they are rows, which stay whole."""
@@ -533,26 +530,21 @@ class ShardWriter:
                 self.close()
 
     def flush(self) -> None:
-        for column in self.dtypes if self.counts["tokens"] else ():
+        """Makes the open shard, if there is one, a .npy file of what was written."""
+        for column, dtype in self.dtypes.items() if self.counts["tokens"] else ():
+            header = {"descr": dtype.str, "fortran_order": False, "shape": (self.counts[column],)}
             with self.open(column) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                file.truncate(HEADER + self.counts[column] * dtype.itemsize)
                 os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Makes the open shard, if there is one, a whole one."""
-        if not self.counts["tokens"]:
-            return
-        sums = {}
-        for column, dtype in self.dtypes.items():
-            with self.open(column) as file:
-                header = {"descr": dtype.str, "fortran_order": False, "shape": (self.counts[column],)}
-                np.lib.format.write_array_header_1_0(file, header)
-                assert file.tell() == HEADER, file.tell()
-                file.truncate(HEADER + self.counts[column] * dtype.itemsize)
-            sums[Path(file.name).name] = sha256(Path(file.name))
         self.flush()
-        counts = {"tokens": self.counts["tokens"], "documents": self.counts["ends"]}
-        self.shards.append({"file": next(iter(sums)), **counts, "sha256": sums})
-        self.counts.update(dict.fromkeys(self.counts, 0))
+        if self.counts["tokens"]:
+            paths = [self.path(column) for column in self.dtypes]
+            shard = {"file": paths[0].name, "tokens": self.counts["tokens"], "documents": self.counts["ends"]}
+            self.shards.append(shard | {"sha256": {path.name: sha256(path) for path in paths}})
+            self.counts.update(dict.fromkeys(self.counts, 0))
 
 
 def find_files(input: str | list[str]) -> list[Path]:
@@ -598,7 +590,7 @@ def write_shards(
 
     Goes on in out.partial where an earlier call with the same settings was cut off.
     """
-    # all but these decide what is written
+    # what decides which bytes are written
     settings = {k: v for k, v in locals().items() if k not in ("out", "max_bad", "num_workers")}
     settings = json.loads(json.dumps(settings, default=str))  # as they are when read back
     out, partial = Path(out), Path(f"{out}.partial")
@@ -626,9 +618,9 @@ def write_shards(
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     found = [Path(tokenizer) / name for name in names if (Path(tokenizer) / name).is_file()]
     settings["tokenizer_files"] = {file.name: sha256(file) for file in found}
-    splits = {s: {"shards": [], "counts": dict.fromkeys(dtypes, 0)} for s in ("tokens", "heldout")}
     state = {"settings": settings, "position": [0, 0], "bytes": 0, "filtered": 0, "bad": 0, "first_bad": []}
-    state["splits"] = splits
+    for split in ("tokens", "heldout"):
+        state[split] = {"shards": [], "counts": dict.fromkeys(dtypes, 0)}
     if (partial / "progress.json").is_file():
         state = json.loads((partial / "progress.json").read_text(encoding="utf-8"))
         for name, value in settings.items():
@@ -639,7 +631,7 @@ def write_shards(
     else:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    writers = {s: ShardWriter(partial, s, dtypes, shard_tokens, state["splits"][s]) for s in state["splits"]}
+    writers = {s: ShardWriter(partial, s, dtypes, shard_tokens, state[s]) for s in ("tokens", "heldout")}
 
     def checkpoint() -> None:
         for writer in writers.values():
@@ -651,33 +643,32 @@ def write_shards(
     pool = ProcessPoolExecutor(workers, None, start_worker, (settings, model, bos, eos_ids))
     bar = tqdm(total=sum(sizes), initial=state["bytes"], unit="B", unit_scale=True)
     started = time.perf_counter()
-    saved, documents, tokens = started - CHECKPOINT_SECONDS, 0, 0  # the first unit is a checkpoint
+    saved, documents, tokens = started - CHECKPOINT_SECONDS, 0, 0  # the first unit ends in a checkpoint
     try:
         units = read_units(files, settings, state["position"])
         for (parts, filtered, bad), position, done in in_order(pool, units, 3 * workers):
             for reason in bad:
                 bar.write(f"skipped {reason}", file=sys.stderr)
-            if state["bad"] + len(bad) > max_bad:
+            if (all_bad := state["bad"] + len(bad)) > max_bad:
                 checkpoint()
                 raise ValueError(
-                    f"{state['bad'] + len(bad)} bad documents, more than max_bad = {max_bad}, the last "
-                    f"{bad[-1]}; the same command with a higher --max_bad goes on from here"
+                    f"{all_bad} bad documents, more than max_bad = {max_bad}, the last {bad[-1]}; "
+                    "the same command with a higher --max_bad goes on from here"
                 )
             for split, part in parts.items():
                 writers[split].write(*part)
                 documents, tokens = documents + len(part[1]), tokens + len(part[0])
             bar.update(done - state["bytes"])
             state |= {"position": position, "bytes": done, "filtered": state["filtered"] + filtered}
-            state |= {"bad": state["bad"] + len(bad), "first_bad": (state["first_bad"] + bad)[:100]}
+            state |= {"bad": all_bad, "first_bad": (state["first_bad"] + bad)[:100]}
             now = time.perf_counter()
             rates = [f"{count / (now - started):,.0f}" for count in (documents, tokens)]
             bar.set_postfix_str("{} documents/s, {} tokens/s".format(*rates), refresh=False)
             if now - saved >= CHECKPOINT_SECONDS:
                 checkpoint()
                 saved = now
-    except RuntimeError as error:  # of a worker; BrokenProcessPool where one was killed
-        checkpoint()
-        raise ValueError(f"{str(error).rstrip('.')}; the same command goes on from here") from None
+    except BrokenProcessPool:  # as the kernel does when memory is short
+        raise ValueError("a worker was killed; the same command goes on from the last checkpoint") from None
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()
@@ -686,7 +677,7 @@ def write_shards(
 
     for writer in writers.values():
         writer.close()
-    shards = {split: value["shards"] for split, value in state["splits"].items()}
+    shards = {split: writer.shards for split, writer in writers.items()}
     documents = {split: sum(shard["documents"] for shard in shards[split]) for split in shards}
     tokens = {split: sum(shard["tokens"] for shard in shards[split]) for split in shards}
     dropped = f"{state['filtered']:,} filtered out, {state['bad']:,} bad"
@@ -703,10 +694,8 @@ def write_shards(
     write_json(partial / "meta.json", meta)
     (partial / "progress.json").unlink()
     partial.rename(out)
-    print(
-        f"{out}: {documents['tokens']:,} documents, {tokens['tokens']:,} tokens for training; "
-        f"{documents['heldout']:,} documents, {tokens['heldout']:,} tokens held out; {dropped}"
-    )
+    counts = [f"{documents[split]:,} documents, {tokens[split]:,} tokens" for split in shards]
+    print(f"{out}: {counts[0]} for training; {counts[1]} held out; {dropped}")
 
 
 def read_meta(path: Path) -> dict:
@@ -714,8 +703,7 @@ def read_meta(path: Path) -> dict:
         raise ValueError(f"{path} has no meta.json: not a shard directory (prepare.py writes one)")
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     if meta["format"] != FORMAT:
-        wanted = f"this code reads {FORMAT}: prepare it again"
-        raise ValueError(f"{path} has shard format {meta['format']}; {wanted}")
+        raise ValueError(f"{path} has shard format {meta['format']}, not {FORMAT}: prepare it again")
     return meta
 
 

@@ -665,5 +665,5 @@ def test_a_damaged_directory_is_named(corpora, tmp_path):
         Shards(corpora / "many", "heldout", 16)
     meta = json.loads((tmp_path / "many/meta.json").read_text())
     (tmp_path / "many/meta.json").write_text(json.dumps(meta | {"format": 1}))
-    with pytest.raises(ValueError, match="has shard format 1; this code reads 2: prepare it again"):
+    with pytest.raises(ValueError, match="has shard format 1, not 2: prepare it again"):
         Shards(tmp_path / "many", "tokens", 16)
