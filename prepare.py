@@ -593,6 +593,8 @@ def write_shards(
     # what decides which bytes are written
     settings = {k: v for k, v in locals().items() if k not in ("out", "max_bad", "num_workers")}
     settings = json.loads(json.dumps(settings, default=str))  # as they are when read back
+    import fcntl  # which Windows has not; the readers below work there too
+
     out, partial = Path(out), Path(f"{out}.partial")
     if out.exists():
         raise ValueError(f"{out} exists; remove it or choose another --out")
@@ -621,6 +623,12 @@ def write_shards(
     state = {"settings": settings, "position": [0, 0], "bytes": 0, "filtered": 0, "bad": 0, "first_bad": []}
     for split in ("tokens", "heldout"):
         state[split] = {"shards": [], "counts": dict.fromkeys(dtypes, 0)}
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = open(partial / "lock", "w")  # held until this process ends, however it does
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"another process is writing {partial}") from None
     if (partial / "progress.json").is_file():
         state = json.loads((partial / "progress.json").read_text(encoding="utf-8"))
         for name, value in settings.items():
@@ -629,8 +637,8 @@ def write_shards(
                 raise ValueError(f"{partial} {wrong}; remove it first")
         print(f"going on in {partial}: {state['bytes']:,} bytes of the input are done")
     else:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        for stale in set(partial.iterdir()) - {partial / "lock"}:
+            stale.unlink()
     writers = {s: ShardWriter(partial, s, dtypes, shard_tokens, state[s]) for s in ("tokens", "heldout")}
 
     def checkpoint() -> None:
@@ -693,6 +701,7 @@ def write_shards(
     }  # fmt: skip
     write_json(partial / "meta.json", meta)
     (partial / "progress.json").unlink()
+    (partial / "lock").unlink()
     partial.rename(out)
     counts = [f"{documents[split]:,} documents, {tokens[split]:,} tokens" for split in shards]
     print(f"{out}: {counts[0]} for training; {counts[1]} held out; {dropped}")
@@ -769,8 +778,7 @@ class Shards:
 def permute(i: int, n: int, seed: int) -> int:
     """Where a pseudo-random permutation of range(n), keyed by seed, puts i; needs no memory.
 
-    A four-round Feistel network on the smallest even number of bits that holds n, walked until it lands
-    below n.
+    A four-round Feistel network on the least even number of bits that holds n, walked until it lands below n.
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
@@ -873,12 +881,13 @@ def describe(directory: str) -> None:
     for split, shards in meta["splits"].items():
         tokens = sum(shard["tokens"] for shard in shards)
         print(f"{split}: {meta['documents'][split]:,} documents, {tokens:,} tokens in {len(shards)} shards")
-        if tokens:
-            source = Shards(path, split, 1, meta["sft"])
-            ids = source.tokens[0][: min(256, *source.ends[0][:1])]
-            print(f"  ids     {' '.join(map(str, ids[:24]))} …")
-            print(f"  text    {model.decode(ids, skip_special_tokens=False)!r}")
-        if tokens and meta["sft"]:
+        if not tokens:
+            continue
+        source = Shards(path, split, 1, meta["sft"])
+        ids = source.tokens[0][: min(256, *source.ends[0][:1])]
+        print(f"  ids     {' '.join(map(str, ids[:24]))} …")
+        print(f"  text    {model.decode(ids, skip_special_tokens=False)!r}")
+        if meta["sft"]:
             trained = ids[source.masks[0][: len(ids)] == 1]
             print(f"  trained {model.decode(trained, skip_special_tokens=False)!r}")
 

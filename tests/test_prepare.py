@@ -470,13 +470,22 @@ def write_chats(path, chats):
     return path
 
 
+@pytest.mark.parametrize("real", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sft_trains_on_the_assistants_turns_and_nothing_else(family, tmp_path):
-    tokenizer = chat_tokenizer(family, tmp_path / "tokenizer")
+def test_sft_trains_on_the_assistants_turns_and_nothing_else(family, real, tmp_path):
+    """With templates like the families', and with their own, from TOKENIZERS/llama3, qwen and smollm2."""
+    if real:
+        directory = Path(os.environ.get("TOKENIZERS", "tokenizers")) / family
+        if not directory.is_dir():
+            pytest.skip(f"no {directory}: give the families' own tokenizers as TOKENIZERS")
+        shutil.copytree(directory, tmp_path / "tokenizer")
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    else:
+        tokenizer = chat_tokenizer(family, tmp_path / "tokenizer")
     source = write_chats(tmp_path / "chats.jsonl", CHATS)
     options = {"tokenizer": tmp_path / "tokenizer", "heldout_fraction": 0}
     meta = prepared(source, tmp_path / "sft", sft=True, **options)
-    assert meta["sft"] and meta["documents"]["tokens"] == len(CHATS)
+    assert meta["sft"] and meta["documents"]["tokens"] == len(CHATS) and not meta["bad"]
     rows = Shards(tmp_path / "sft", "tokens", 0, sft=True)
     oracle = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     for i, chat in enumerate(CHATS):
@@ -486,7 +495,7 @@ def test_sft_trains_on_the_assistants_turns_and_nothing_else(family, tmp_path):
         assert tokenizer.decode(tokens, skip_special_tokens=False) == rendered
         assert tokenizer.decode(tokens[mask], skip_special_tokens=False) == said(family, chat)
         if i < 3:  # no token of the whole text's reaches over the edge of a turn
-            assert tokens.tolist() == tokenizer.encode(rendered).ids
+            assert tokens.tolist() == tokenizer.encode(rendered, add_special_tokens=False).ids
 
     prepared(source, tmp_path / "packed", **options)
     packed, ends = (np.load(tmp_path / f"packed/{name}_00000.npy") for name in ("tokens", "ends"))
