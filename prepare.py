@@ -7,10 +7,10 @@
     python prepare.py --input='ultrachat/train_sft*.parquet' --sft=True --tokenizer=… --out=data/ultrachat
     python prepare.py --inspect=data/books   # what a shard directory holds, and whether it is intact
 
-Input: .txt or .py (a file is a document), .jsonl (a line), .json (an object of an array or of many), each
-also .gz or .zst, and .parquet (a row). A row with `messages` or `conversations` is a chat, any other the text
-under text_key. Text is put between the tokenizer's BOS (where it adds one itself) and EOS; a chat is what the
-tokenizer's chat template makes of it, nothing added.
+Input: .txt or .py (a file is a document; over 16 MB, several), .jsonl (a line), .json (an object of an array
+or of many), each also .gz or .zst, and .parquet (a row). A row with `messages` or `conversations` is a chat,
+any other the text under text_key. Text is put between the tokenizer's BOS (where it adds one itself) and EOS;
+a chat is what the tokenizer's chat template makes of it, nothing added.
 
 What cannot be read is reported, counted and skipped, up to max_bad. Killed at any moment, the same command
 goes on from the last checkpoint in OUT.partial and ends with the same bytes.
@@ -73,7 +73,8 @@ HEADER = 128  # bytes before the values of a one-dimensional .npy file
 BLOCK = 2**16  # bytes read at a time; bounds what a block of compressed data can grow to
 UNIT = 2**20  # bytes of documents that a worker gets at a time
 PIECE = 2**20  # bytes tokenized at a time: longer documents are cut between two lines
-LONGEST = 2**26  # characters in which an object of a .json file must end
+LONGEST_TEXT = 2**24  # bytes in which a .txt file is one document; a longer one is several
+LONGEST_OBJECT = 2**26  # characters in which an object of a .json file must end
 CHECKPOINT_SECONDS = 10  # what a kill can cost
 STDLIB = Path(os.__file__).parent
 
@@ -149,8 +150,8 @@ def chat_template(path: str | Path) -> Callable[[list[dict]], str]:
     return lambda messages: template.render(messages=messages, **fixed)
 
 
-# Readers give (where, item, its bytes): a line of JSON (bytes), a row (dict), a piece of text (tuple) or what
-# is wrong there (ValueError).
+# Readers give (where, item, its bytes): a text (str), a line of JSON (bytes), a row (dict) or what is wrong
+# there (ValueError).
 
 
 def kind_of(file: Path) -> tuple[str, str]:
@@ -179,41 +180,30 @@ def read_blocks(stream, compression: str) -> Iterator[bytes]:
         raise EOFError("the compressed data ends early")
 
 
-def pieces(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """(a document's next bytes, whether they are its last), cut between lines, where a token ends anyway."""
+def pieces(blocks: Iterable[bytes], longest: int) -> Iterator[bytes]:
+    """The same bytes in parts of at most `longest`, cut between two lines, where a token ends anyway."""
     data, between = b"", re.compile(rb"\S\n(?=\S)")
     for block in blocks:
         data += block
-        while len(data) > PIECE:
-            if match := between.search(data, PIECE // 2, PIECE):
+        while len(data) > longest:
+            if match := between.search(data, longest // 2, longest):
                 end = match.end()
             else:  # between two characters
-                end = next((i for i in range(PIECE, PIECE - 4, -1) if data[i] & 0xC0 != 0x80), PIECE)
-            yield data[:end], False
+                end = next((i for i in range(longest, longest - 4, -1) if data[i] & 0xC0 != 0x80), longest)
+            yield data[:end]
             data = data[end:]
-    yield data, True
+    yield data
 
 
-def read_text(file: Path, blocks: Iterator[bytes], settings: dict) -> Iterator[tuple]:
-    """Pieces of the one document of a file: (text, whether it is the first, the last, split)."""
-    line, split = 1, None
-    try:
-        for data, last in pieces(blocks):
-            first, text = split is None, ""
-            try:
-                text = data.decode()
-                name = file.relative_to(STDLIB) if settings["input"] == "stdlib" else text
-                split = split or split_of(str(name), settings)
-            except UnicodeDecodeError as error:
-                bad_line = line + data.count(b"\n", 0, error.start)
-                yield f"{file}:{bad_line}", ValueError("invalid UTF-8"), 0
-            if split:
-                yield f"{file}:{line}", (text, first, last, split), len(data)
-            line += data.count(b"\n")
-    except EOFError as error:
-        yield f"{file}:{line}", ValueError(error), 0
-        if split:
-            yield f"{file}:{line}", ("", False, True, split), 0
+def read_text(file: Path, blocks: Iterator[bytes]) -> Iterator[tuple]:
+    line = 1
+    for data in pieces(blocks, LONGEST_TEXT):
+        try:
+            yield f"{file}:{line}", data.decode(), len(data)
+        except UnicodeDecodeError as error:
+            bad_line = line + data.count(b"\n", 0, error.start)
+            yield f"{file}:{bad_line}", ValueError("invalid UTF-8"), 0
+        line += data.count(b"\n")
 
 
 def read_json(file: Path, blocks: Iterator[bytes]) -> Iterator[tuple]:
@@ -233,7 +223,7 @@ def read_json(file: Path, blocks: Iterator[bytes]) -> Iterator[tuple]:
             yield f"{file}: object {number}", row, end - start
             start, number = between.match(text, end).end(), number + 1
         text = text[start:]
-        if len(text) > LONGEST:
+        if len(text) > LONGEST_OBJECT:
             break
     if text:
         yield f"{file}: object {number}", ValueError(f"not JSON, and so is what follows: {wrong}"), 0
@@ -290,7 +280,7 @@ def read_file(file: Path, stream, settings: dict) -> Iterator[tuple]:
         elif kind == "parquet":
             yield from read_parquet(file, stream, settings)
         else:
-            yield from read_text(file, blocks, settings)
+            yield from read_text(file, blocks)
     except EOFError as error:
         yield f"{file}:{number + 1}" if number else str(file), ValueError(error), 0
 
@@ -319,9 +309,9 @@ WORKER = {}  # its settings and tokenizer
 MARK = "\ue000\ue001\ue000"  # private-use characters, which no chat has and no template touches
 
 
-def split_of(key: str, settings: dict) -> str:
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return "heldout" if int.from_bytes(digest, "big") < settings["heldout_fraction"] * 2**64 else "tokens"
+def split_of(key: str, heldout_fraction: float) -> str:
+    number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+    return "heldout" if number < heldout_fraction * 2**64 else "tokens"
 
 
 def lookup(row: dict, key: str):
@@ -376,24 +366,21 @@ def chat_segments(chat: list[dict], render: Callable, closing: re.Pattern) -> li
     return [*segments, (full[done:], False)]
 
 
-def read_item(item) -> tuple[str, list[tuple[str | list[int], bool]], bool] | None:
-    """(split, segments, whether the document ends there); None: filtered out; ValueError says what is wrong.
+def read_item(where: str, item) -> tuple[str, list[tuple[str | list[int], bool]]] | None:
+    """(split, segments) of a document; None: filtered out; ValueError says what is wrong.
 
     A segment is (text or ids, whether they are an assistant's turn).
     """
-    settings, bos, eos = WORKER["settings"], (WORKER["bos"], False), (WORKER["eos"], False)
+    settings = WORKER["settings"]
     if isinstance(item, ValueError):
         raise item
-    if isinstance(item, tuple):
-        text, first, last, split = item
-        empty = first and last and not text
-        return None if empty else (split, [bos] * first + [(text, False)] + [eos] * last, last)
     try:
         row = json.loads(item) if isinstance(item, bytes) else item
     except UnicodeDecodeError:
         raise ValueError("invalid UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
+    row = {settings["text_key"]: row} if isinstance(item, str) else row
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     if settings["min_score"] is not None:
@@ -419,8 +406,11 @@ def read_item(item) -> tuple[str, list[tuple[str | list[int], bool]], bool] | No
     except UnicodeEncodeError:  # half of a surrogate pair
         raise ValueError("invalid UTF-8") from None
     if turns is None:
-        segments = [bos, *((piece.decode(), False) for piece, _ in pieces([data])), eos]
-    return (split_of(text, settings), segments, True) if text else None
+        parts = [piece.decode() for piece in pieces([data], PIECE)]
+        segments = [(part, False) for part in (WORKER["bos"], *parts, WORKER["eos"])]
+    path = Path(where.rpartition(":")[0])  # the library's: the same files held out in any version of Python
+    key = str(path.relative_to(STDLIB)) if settings["input"] == "stdlib" else text
+    return (split_of(key, settings["heldout_fraction"]), segments) if text else None
 
 
 def start_worker(settings: dict, model: Tokenizer, bos: list[int], eos: list[int]) -> None:
@@ -445,14 +435,14 @@ def tokenize(unit: list[tuple]) -> tuple[dict, int, list[str]]:
     filtered, bad = 0, []
     for where, item in unit:
         try:
-            document = read_item(item)
+            document = read_item(where, item)
         except ValueError as error:
             bad.append(f"{where}: {error}")
             continue
         if document is None:
             filtered += 1
             continue
-        split, segments, complete = document
+        split, segments = document
         ids, ends, mask = results[split]
         start = len(ids)
         for part, trained in segments:
@@ -461,12 +451,12 @@ def tokenize(unit: list[tuple]) -> tuple[dict, int, list[str]]:
             ids += new
             mask += [trained] * len(new)
         if settings["sft"]:
-            cut = start + settings["seq_len"]
-            if True not in mask[start:cut]:  # nobody answers, or the question alone is too long
-                cut, complete, filtered = start, False, filtered + 1
-            del ids[cut:], mask[cut:]
-        if complete:
-            ends.append(len(ids))
+            del ids[start + settings["seq_len"] :], mask[start + settings["seq_len"] :]
+            if True not in mask[start:]:  # nobody answers, or the question alone is too long
+                del ids[start:], mask[start:]
+                filtered += 1
+                continue
+        ends.append(len(ids))
     dtypes = (np.uint32, np.int64, np.uint8)
     return {split: tuple(map(np.array, lists, dtypes)) for split, lists in results.items()}, filtered, bad
 

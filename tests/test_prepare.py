@@ -127,6 +127,17 @@ def test_a_long_document_is_cut_where_tokens_end(kind, tmp_path, monkeypatch):
     assert found[: length - 100] == whole[: length - 100]
 
 
+def test_a_text_file_without_end_is_several_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "LONGEST_TEXT", 2000)
+    monkeypatch.setattr(prepare, "BLOCK", 300)
+    (tmp_path / "a.txt").write_text("".join(TEXTS) + "日本" * 1000)
+    meta = prepared(tmp_path / "a.txt", tmp_path / "out", heldout_fraction=0.3)
+    kept, held = (texts_of(tmp_path / "out", split) for split in ("tokens", "heldout"))
+    assert sum(meta["documents"].values()) == len(kept) + len(held) > 20 and len(held) > 3
+    assert sorted("".join(kept + held)) == sorted("".join(TEXTS) + "日本" * 1000)
+    assert all(len(text.encode()) <= 2000 and text in "".join(TEXTS) + "日本" * 1000 for text in kept + held)
+
+
 def test_scores_filter_rows_by_a_dotted_key(tmp_path):
     rows = [{"body": {"text": text}, "metadata": {"int_score": i % 6}} for i, text in enumerate(TEXTS)]
     rows[7]["metadata"] = None
