@@ -150,8 +150,7 @@ def chat_template(path: str | Path) -> Callable[[list[dict]], str]:
     return lambda messages: template.render(messages=messages, **fixed)
 
 
-# Readers give (where, item, its bytes): a text (str), a line of JSON (bytes), a row (dict) or what is wrong
-# there (ValueError).
+# Readers give (where, item, its bytes): a line of JSON (bytes), a row (dict) or what is wrong (ValueError).
 
 
 def kind_of(file: Path) -> tuple[str, str]:
@@ -195,11 +194,11 @@ def pieces(blocks: Iterable[bytes], longest: int) -> Iterator[bytes]:
     yield data
 
 
-def read_text(file: Path, blocks: Iterator[bytes]) -> Iterator[tuple]:
+def read_text(file: Path, blocks: Iterator[bytes], text_key: str) -> Iterator[tuple]:
     line = 1
     for data in pieces(blocks, LONGEST_TEXT):
         try:
-            yield f"{file}:{line}", data.decode(), len(data)
+            yield f"{file}:{line}", {text_key: data.decode()}, len(data)
         except UnicodeDecodeError as error:
             bad_line = line + data.count(b"\n", 0, error.start)
             yield f"{file}:{bad_line}", ValueError("invalid UTF-8"), 0
@@ -280,7 +279,7 @@ def read_file(file: Path, stream, settings: dict) -> Iterator[tuple]:
         elif kind == "parquet":
             yield from read_parquet(file, stream, settings)
         else:
-            yield from read_text(file, blocks)
+            yield from read_text(file, blocks, settings["text_key"])
     except EOFError as error:
         yield f"{file}:{number + 1}" if number else str(file), ValueError(error), 0
 
@@ -380,7 +379,6 @@ def read_item(where: str, item) -> tuple[str, list[tuple[str | list[int], bool]]
         raise ValueError("invalid UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
-    row = {settings["text_key"]: row} if isinstance(item, str) else row
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     if settings["min_score"] is not None:

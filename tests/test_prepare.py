@@ -214,6 +214,11 @@ def null_in_array(path):
     return TEXTS[:3] + TEXTS[4:]
 
 
+def string_in_array(path):
+    path.write_text(json.dumps([text if i == 3 else {"text": text} for i, text in enumerate(TEXTS)]))
+    return TEXTS[:3] + TEXTS[4:]
+
+
 def bad_text(path):
     path.write_bytes(b"one\ntwo\ncaf\xe9\n")
     return []
@@ -233,6 +238,7 @@ BAD = {
     "parquet": ("parquet", bad_parquet_file, "bad.parquet: not Parquet: "),
     "array": ("json", bad_array, "bad.json: object 6: not JSON, and so is what follows: "),
     "null in array": ("json", null_in_array, "bad.json: object 4: no text under text"),
+    "string in array": ("json", string_in_array, "bad.json: object 4: not a JSON object"),
     "text": ("txt", bad_text, "bad.txt:3: invalid UTF-8"),
 }
 
