@@ -40,7 +40,7 @@ def write_inputs(directory: Path, megabytes: int, formats: list[str]) -> float:
     sys.path.insert(0, str(ROOT))
     import prepare
 
-    texts = [file.read_text(encoding="utf-8") for file in prepare.find_files("stdlib")[1]]
+    texts = [file.read_text(encoding="utf-8") for file in prepare.find_files("stdlib")]
     size, written, rows = sum(len(text.encode()) for text in texts), 0, []
     with open(directory / "data.jsonl", "w") as file:
         while written < megabytes * 1e6:
