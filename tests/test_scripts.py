@@ -284,6 +284,27 @@ def test_pick_keeps_top_k_and_top_p():
         assert [p > 0 for p in found.tolist()] == [p > 0 for p in expected]
 
 
+# ---- mixtures, documents apart
+
+
+def test_a_mixture_logs_each_source_and_keeps_documents_apart(work, text, teacher, corpus):
+    succeed("prepare.py", f"--input={text}/2.jsonl", f"--out={work}/small", f"--tokenizer={teacher}",
+            "--text_key=body", "--heldout_fraction=0.5")  # fmt: skip
+    sources = {str(corpus): 1600, str(work / "small"): None}
+    outs, more = (work / "mixed", work / "apart"), ("--max_steps=6", "--log_every=6", "--save_every=0")
+    calls = [("train.py", *clone_options(teacher, sources, out, *more, f"--mask_documents={out == outs[1]}"))
+             for out in outs]  # fmt: skip
+    for result in in_parallel(calls):
+        assert result.returncode == 0, result.stderr
+    together, apart = (metrics(out)[0] for out in outs)
+    losses = [together[f"lm/{name}"] for name in ("corpus", "small")]
+    assert min(losses) < together["lm"] < max(losses)
+    assert all(f"val_lm/{name}" in metrics(outs[0])[-1] for name in ("corpus", "small"))
+    assert together["lm"] != apart["lm"] and abs(together["lm"] / apart["lm"] - 1) < 0.1
+    refused = run("train.py", "--data=None", "--mask_documents=True", f"--out_dir={work}/none")
+    assert refused.returncode == 1 and "random tokens without documents" in refused.stderr
+
+
 # ---- fine-tuning and evaluation
 
 
