@@ -582,13 +582,14 @@ class Llama(nn.Module):
     def stream_covariance(self, ids: Tensor) -> Tensor:
         """Second moments [D, D], float64, of the residual stream's directions x / |x|, averaged over tokens
         and over what each layer reads and the head reads; their trace is 1."""
-        rope = rope_table(self.config, torch.arange(ids.shape[1], device=ids.device))
-        x, total = F.embedding(ids, self.embedding).to(self.dtype), 0.0
-        for layer in [*self.layers, None]:
-            directions = F.normalize(x.flatten(0, 1).float(), dim=-1)
-            total = total + (directions.T @ directions).double() / len(directions)
-            x = x if layer is None else plain_block(x, layer.weights(self.dtype), self.config, rope)
-        return total / (len(self.layers) + 1)
+        rope, total = rope_table(self.config, torch.arange(ids.shape[1], device=ids.device)), 0.0
+        for row in ids.split(1):
+            x = F.embedding(row, self.embedding).to(self.dtype)
+            for layer in [*self.layers, None]:
+                directions = F.normalize(x[0].float(), dim=-1)
+                total = total + (directions.T @ directions).double()
+                x = x if layer is None else plain_block(x, layer.weights(self.dtype), self.config, rope)
+        return total / total.trace()
 
     def logits(self, ids: Tensor, **kwargs) -> Tensor:
         """ids [B, T] -> logits [B, T, V], float32."""

@@ -71,7 +71,7 @@ eval_blocks = 128  # held-out blocks of an evaluation
 eval_only = False  # evaluate the model of init_from (the teacher too, where there is one) and end
 sample_prompt = "def read("  # the student and the teacher continue it at the end of the run; "" does not
 wandb = False  # log to Weights & Biases too, where installed; what goes wrong there never stops the run
-wandb_project = "low-rank-clone"
+wandb_project = "low-rank-clone"  # there
 run_name: str | None = None  # there; None: out_dir
 tags: tuple = ()  # there
 compile = False  # torch.compile of one layer, used for all
@@ -578,7 +578,7 @@ def main() -> None:
     if last or init_from:
         load_weights(last or models.resolve(init_from), model)
     elif clone:
-        few = min(global_batch_size, max(1, 2**14 // seq_len))  # the same on any number of processes
+        few = max(1, 2**14 // seq_len)  # the same on any number of processes
         model.init_weights(seed, init, to_device(train_data.batch(0, few)[:, :-1], where))
     else:
         model.init_weights(seed)

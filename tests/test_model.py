@@ -510,18 +510,46 @@ def test_orthogonal_init():
         assert torch.allclose(gram, expected, atol=1e-5), name
 
 
-def test_channel_init_loses_nothing_of_a_teacher_that_uses_few_channels():
-    teacher = random_llama()
-    unused = torch.randperm(32, generator=torch.Generator().manual_seed(0))[16:]
+@pytest.mark.parametrize(
+    ("init", "rotated", "tied"), [("channel", False, True), ("pca", False, False), ("pca", True, False)]
+)
+def test_init_loses_nothing_of_a_teacher_that_uses_half_of_its_stream(init, rotated, tied):
+    """16 of 32 channels, chosen at random, or 16 of 32 directions that are no channels."""
+    teacher, generator = random_llama(), torch.Generator().manual_seed(0)
+    used = torch.eye(32)[torch.randperm(32, generator=generator)[:16]]  # [16, 32]
+    if rotated:
+        used = torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q[:16]
     with torch.no_grad():
-        teacher.embedding[:, unused] = 0
+        teacher.embedding.copy_(teacher.embedding @ used.T @ used)
         for layer in teacher.layers:
-            layer.o[unused], layer.down[unused] = 0, 0
+            layer.o.copy_(used.T @ used @ layer.o)
+            layer.down.copy_(used.T @ used @ layer.down)
     # The mean square of 16 channels is twice that of 32 of which 16 are zero, so eps is too.
-    clone = LowRankClone(teacher, 16, student_rms_norm_eps=2e-5)
-    ids, _ = random_batch(2, 12)
-    clone.init_weights(0, "channel", ids)
+    clone = LowRankClone(teacher, 16, student_rms_norm_eps=2e-5, tie_head_projection=tied)
+    ids, _ = random_batch(4, 12)
+    clone.init_weights(0, init, ids)
     assert relative(clone.logits(ids), teacher.logits(ids)) < TOLERANCE
+    if rotated:
+        assert relative(clone.init_weights(0, "channel", ids).logits(ids), teacher.logits(ids)) > 0.1
+
+
+def test_effective_rank():
+    """Of a stream in k equal orthogonal directions it is k; of ours, what singular values give."""
+    clone, (ids, _) = random_clone(), random_batch(4, 12)
+    ranks = clone.effective_ranks(ids, clone())
+    assert [len(ranks[name]) for name in ("rank_student", "rank_teacher")] == [2, 2]  # of its two layers
+    rope, x = model.rope_table(clone.teacher.config, torch.arange(12)), clone.teacher.embedding[ids]
+    for i, layer in enumerate(clone.teacher.layers):
+        x, _ = model.block(x, dict(layer.named_parameters()), clone.teacher.config, rope)
+        values = torch.linalg.svdvals(x.flatten(0, 1).double())
+        p = values / values.sum()
+        assert ranks["rank_teacher"][i] == pytest.approx((-(p * p.log()).sum()).exp().item(), rel=1e-4)
+    with torch.no_grad():
+        for layer in clone.teacher.layers:
+            layer.o.zero_(), layer.down.zero_()
+        clone.teacher.embedding.copy_(torch.eye(32)[torch.arange(96) % 8])
+    every = torch.arange(32)[None] % 8
+    assert clone.effective_ranks(every, clone())["rank_teacher"] == pytest.approx([8, 8], rel=1e-4)
 
 
 # ---- checkpoints of a clone

@@ -1,0 +1,28 @@
+"""LRC-1.5B with what the study in the README found best, in place of the paper's settings.
+
+    torchrun --nproc_per_node=8 train.py config/lrc_1_5b_best.py
+
+Not yet run at this scale: the study is on teachers of 3M and 135M parameters.
+"""
+
+teacher = "models/Llama-3.2-3B-Instruct"
+student_hidden_size = 1536  # d_T is 3072
+data = {"data/fineweb_edu": 10e9, "data/openhermes": None}  # Mixed-1.1
+seq_len = 2048
+global_batch_size = 24  # 49,152 tokens a step
+micro_batch_size = 3  # 8 GPUs without accumulation
+max_steps = 208_000  # 10.2B tokens
+learning_rate = 1e-4  # the paper's
+lr_schedule = "linear"
+warmup_ratio = 0.005
+init = "pca"  # here and below, train.py's defaults
+tie_head_projection = True
+kl_temperature = 1.0
+kl_weight = 1.0
+clone_scale = "teacher"
+clone_weight = 0.05  # the terms of 28 layers add up
+out_dir = "out/lrc_1_5b_best"
+log_every = 10
+eval_every = 2000
+save_every = 2000
+sample_prompt = ""
