@@ -284,6 +284,40 @@ def test_pick_keeps_top_k_and_top_p():
         assert [p > 0 for p in found.tolist()] == [p > 0 for p in expected]
 
 
+@pytest.mark.parametrize("broken", ["init", "log"])
+def test_wandb_never_stops_a_run(broken, work, corpus, teacher, monkeypatch):
+    """A stand-in for the package, which fails at once or at the first line, or keeps what it is given."""
+    where, kept = work / f"wandb_{broken}", work / f"wandb_{broken}.jsonl"
+    where.mkdir()
+    (where / "wandb.py").write_text(f"""
+import json, sys
+class Run:
+    def log(self, values, step):
+        open({str(kept)!r}, "a").write(json.dumps([step, values]) + "\\n")
+        if {broken == "log"}: raise RuntimeError("no network")
+def init(project, name, tags, config, resume):
+    assert project == "low-rank-clone" and name == "trial" and tags == ("a",) and config["seed"] == 1
+    if {broken == "init"}: raise RuntimeError("no key")
+    return Run()
+""")
+    monkeypatch.setenv("PYTHONPATH", str(where))
+    more = (
+        "--wandb=True",
+        "--run_name=trial",
+        "--tags=('a',)",
+        "--max_steps=2",
+        "--log_every=1",
+        "--save_every=0",
+    )
+    done = succeed("train.py", *clone_options(teacher, corpus, work / f"logged_{broken}", *more))
+    assert len(metrics(work / f"logged_{broken}")) == 3
+    if broken == "init":
+        assert "wandb is off: no key" in done.stdout
+    else:
+        lines = [json.loads(line) for line in kept.read_text().splitlines()]
+        assert [step for step, _ in lines] == [1, 2, 2] and "loss" in lines[0][1] and "val_lm" in lines[2][1]
+
+
 # ---- mixtures, documents apart
 
 
