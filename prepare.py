@@ -123,7 +123,7 @@ def need(module: str, why: str | Path):
         raise ValueError(f"{why} needs the package {module}: pip install {module}") from None
 
 
-def chat_template(path: str | Path) -> Callable[[list[dict]], str]:
+def chat_template(path: str | Path) -> Callable[..., str]:
     """The chat template in a tokenizer's directory as a function of messages, set up as transformers does."""
     config, file = tokenizer_config(path), Path(path) / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
@@ -150,8 +150,8 @@ def chat_template(path: str | Path) -> Callable[[list[dict]], str]:
     block = re.compile(r"(\{%[-+]?\s*)(end)?generation\b")
     template = environment.from_string(block.sub(lambda m: m[1] + ("endif" if m[2] else "if true"), source))
     tokens = {name: value for name, value in config.items() if name.endswith("_token")}
-    return lambda messages: template.render(
-        **tokens, messages=messages, tools=None, documents=None, add_generation_prompt=False
+    return lambda messages, add_generation_prompt=False: template.render(
+        **tokens, messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt
     )
 
 
