@@ -1036,11 +1036,16 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
-def open_safetensors(file: Path):
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from None
+def tensor_slices(files: list[Path]) -> dict:
+    """{name: (open file, shape)} of every tensor; ValueError names a file that is not whole."""
+    found = {}
+    for file in files:
+        try:
+            handle = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from None
+        found |= {name: (handle, tuple(handle.get_slice(name).get_shape())) for name in list(handle.keys())}
+    return found
 
 
 def read_tensors(
@@ -1051,10 +1056,7 @@ def read_tensors(
 
     ValueError names what is missing, unexpected or misshapen, before any tensor is read.
     """
-    found = {}
-    for file in files:
-        handle = open_safetensors(file)
-        found |= {name: (handle, tuple(handle.get_slice(name).get_shape())) for name in list(handle.keys())}
+    found = tensor_slices(files)
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [
         f"unexpected {n}" for n in found if n not in expected and not any(n.endswith(i) for i in ignored)
@@ -1088,7 +1090,12 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
 )
 
 
@@ -1163,11 +1170,8 @@ def save_clone(
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_clone(
-    path: str | Path, dtype: torch.dtype = torch.float32, teacher: str | None = None
-) -> LowRankClone:
-    """A clone from its checkpoint; teacher: where its directory is now. Refuses another teacher."""
-    path = Path(path)
+def clone_directories(path: Path, teacher: str | None = None) -> tuple[str, str]:
+    """Where the teacher and the tokenizer of a clone are now; teacher: its directory, where it has moved."""
     config = read_json(path / "config.json")
     if teacher is None:
         teacher = next((t for t in (config["teacher"], config["teacher_absolute"]) if Path(t).is_dir()), None)
@@ -1175,6 +1179,16 @@ def load_clone(
             raise ValueError(
                 f"{path}: its teacher {config['teacher']} is not there; say where with --teacher=DIR"
             )
+    of_its_own = config["tokenizer"] != config["teacher"] and Path(config["tokenizer"]).is_dir()
+    return teacher, config["tokenizer"] if of_its_own else teacher
+
+
+def load_clone(
+    path: str | Path, dtype: torch.dtype = torch.float32, teacher: str | None = None
+) -> LowRankClone:
+    """A clone from its checkpoint; teacher: where its directory is now. Refuses another teacher."""
+    path = Path(path)
+    config, (teacher, _) = read_json(path / "config.json"), clone_directories(path, teacher)
     model = load_model(teacher, dtype)
     if fingerprint(model) != config["teacher_fingerprint"]:
         raise ValueError(f"{path}: {teacher} is not the teacher it was trained with (the weights differ)")
@@ -1187,6 +1201,16 @@ def load_clone(
         {**tensors, **{f"teacher.{n}": p for n, p in model.state_dict().items()}}, assign=True
     )
     return clone
+
+
+def load_checkpoint(path: Path, teacher: str | None = None) -> Llama | LowRankClone:
+    """The model of a clone's checkpoint or of a Hugging Face directory."""
+    return load_clone(path, teacher=teacher) if is_clone(path) else load_model(path)
+
+
+def tokenizer_directory(path: Path, teacher: str | None = None) -> str:
+    """Where the tokenizer of a clone's checkpoint (or Hugging Face directory) is now."""
+    return clone_directories(path, teacher)[1] if is_clone(path) else str(path)
 
 
 def is_clone(path: Path) -> bool:

@@ -122,7 +122,7 @@ def need(module: str, why: str | Path):
 
 
 @functools.cache
-def chat_template(path: str | Path) -> Callable[[list[dict]], str]:
+def chat_template(path: str | Path) -> Callable[..., str]:
     """The chat template in a tokenizer's directory as a function of messages, set up as transformers does."""
     config, file = tokenizer_config(path), Path(path) / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
@@ -147,7 +147,7 @@ def chat_template(path: str | Path) -> Callable[[list[dict]], str]:
     template = environment.from_string(block.sub(lambda m: m[1] + ("endif" if m[2] else "if true"), source))
     fixed = {name: value for name, value in config.items() if name.endswith("_token")}
     fixed |= {"tools": None, "documents": None, "add_generation_prompt": False}
-    return lambda messages: template.render(messages=messages, **fixed)
+    return lambda messages, **options: template.render(messages=messages, **fixed | options)
 
 
 # Readers give (where, item, its bytes): a line of JSON (bytes), a row (dict) or what is wrong (ValueError).

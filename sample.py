@@ -3,6 +3,7 @@
 python sample.py                                                       # from the quickstart's student
 python sample.py --model=out/smollm2_135m --prompt="The capital of France"
 python sample.py --model=student --num_samples=4 --temperature=0.8 --top_p=0.95 --seed=7
+python sample.py --model=student --chat=True    # a conversation, by the model's own template
 """
 
 model = "out/quickstart"  # Hugging Face directory, checkpoint, or out_dir (its last checkpoint)
@@ -10,24 +11,30 @@ teacher: str | None = None  # directory of a clone's teacher, where it is not wh
 tokenizer: str | None = None  # directory of the tokenizer; None: the model's own
 prompt = "def read("  # text to continue; "" starts from the tokenizer's BOS or EOS
 num_samples = 1  # continuations of the prompt
-max_new_tokens = 200  # tokens of each; it ends earlier at the tokenizer's EOS
+chat = False  # talk with the model in the terminal, by its own chat template
+system = ""  # the chat's system message; "": what the template has of its own
+max_new_tokens = 200  # tokens of each continuation or reply; it ends earlier at an EOS or end of turn
 temperature = 0.8  # of the softmax; 0 always takes the likeliest token
 top_k = 0  # sample among the k likeliest tokens; 0: among all
 top_p = 1.0  # sample among the likeliest tokens that together have this probability
 seed = 1  # of the sampling
 device: str | None = None  # None: cuda where there is one, or cpu
+compile = False  # compile the layers: half a minute at the start, fewer kernels after
 
 if __name__ == "__main__":
     from configurator import configure
 
     configure(globals())
 
+import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import model as models
-from prepare import load_tokenizer, special_ids
+from prepare import chat_template, load_tokenizer, special_ids
 
 
 def pick(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator) -> torch.Tensor:
@@ -45,9 +52,49 @@ def pick(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, gen
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
+class Packed:
+    """A float32 weight for F.linear, in the layout of oneDNN for a CPU (what torch.compile uses there): two
+    cores read it up to twice as fast as MKL reads a plain matrix."""
+
+    def __init__(self, weight: torch.Tensor):
+        # laid out for 16 rows, which is near the best for any number of them
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments, options=None):
+        assert function is F.linear and not options
+        x, packed, bias = (*arguments, None)[:3]
+        return torch.ops.mkldnn._linear_pointwise(x, packed.weight, bias, "none", [], "")
+
+
+class Decoder:
+    """What decoding reads of a model, made once: its weights in its dtype, in the form that is fast there."""
+
+    @torch.inference_mode()
+    def __init__(self, llama: models.Llama, compiled: bool = False):
+        self.config, self.dtype, self.norm = llama.config, llama.dtype, llama.norm
+        self.embedding, self.device = llama.embedding.to(llama.dtype), llama.norm.device
+        self.run_block = torch.compile(models.plain_block, dynamic=True) if compiled else models.plain_block
+        packs = self.device.type == "cpu" and self.dtype == torch.float32 and not compiled
+        pack = Packed if packs and torch.backends.mkldnn.is_available() else (lambda weight: weight)
+        self.layers = [
+            {name: pack(w) if w.dim() == 2 else w for name, w in layer.weights(self.dtype).items()}
+            for layer in llama.layers
+        ]
+        self.head = pack(llama.head_weight())
+
+    def logits(self, ids, rope, mask, caches) -> torch.Tensor:
+        """Logits [B, V], float32, of what follows ids [B, T]; see Llama.hidden_states."""
+        x = F.embedding(ids, self.embedding)
+        for weights, cache in zip(self.layers, caches, strict=True):
+            x = self.run_block(x, weights, self.config, rope, mask, cache)
+        x = models.rms_norm(x[:, -1], self.norm, self.config.rms_norm_eps)
+        return F.linear(x, self.head).float()
+
+
 @torch.inference_mode()
 def generate(
-    llama: models.Llama,
+    llama: models.Llama | Decoder,
     prompts: list[list[int]],
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -58,56 +105,39 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Continues every prompt, one token of each a step; None for those that have met a stop id.
 
-    Prompts are padded on the left to one length. The key/value cache is allocated once, for all tokens to
-    come.
+    Prompts are padded on the left to one length. Rotary tables, masks and the key/value cache are made once,
+    for all tokens to come; a step reads back its tokens and nothing else.
     """
-    config, where = llama.config, llama.norm.device
+    decoder = llama if isinstance(llama, Decoder) else Decoder(llama)
+    config, where = decoder.config, decoder.device
     batch, width = len(prompts), max(map(len, prompts))
     length = width + max_new_tokens
-    padding = torch.tensor([width - len(p) for p in prompts])
-    padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts]).to(where)
     shape = (batch, config.num_key_value_heads, length, config.head_dim)
-    caches = [
-        (
-            torch.zeros(shape, dtype=llama.dtype, device=where),
-            torch.zeros(shape, dtype=llama.dtype, device=where),
-        )
-        for _ in llama.layers
-    ]
+    caches = [[torch.zeros(shape, dtype=decoder.dtype, device=where) for _ in "kv"] for _ in decoder.layers]
+    tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=where)
+    positions, mask, real = torch.arange(length, device=where), None, None
+    if any(len(p) < width for p in prompts):
+        padding = torch.tensor([width - len(p) for p in prompts], device=where)[:, None]
+        real = (positions >= padding)[:, None, None]  # [B, 1, 1, L]: keys that are not padding
+        order = positions[:width]
+        # a padding row sees itself, so that its softmax has something to divide by
+        mask = (real[..., :width] & (order[:, None] >= order)) | (order[:, None] == order)
+        positions = (positions - padding).clamp(min=0)[:, None]  # [B, 1, L]
+    rope = models.rope_table(config, positions)
     generator = torch.Generator(where).manual_seed(seed)
-    real, order = None, torch.arange(length, device=where)
-    if padding.any():
-        real = (order >= padding.to(where)[:, None])[:, None, None]  # [B, 1, 1, L]: keys that are not padding
-    positions = (order - padding.to(where)[:, None]).clamp(min=0)[:, None]  # [B, 1, L]
-    finished = [False] * batch
-    tokens, start = padded, 0
-    for _ in range(max_new_tokens):
-        end = start + tokens.shape[1]
-        mask = None
-        if real is not None:
-            causal = order[start:end, None] >= order[:end]  # [T, end]
-            # a padding row sees itself, so that its softmax has something to divide by
-            mask = (real[..., :end] & causal) | (order[start:end, None] == order[:end])
+    finished, start = [False] * batch, 0
+    for end in range(width, length):
+        now = tuple(table[..., start:end, :] for table in rope)
         slots = [(keys, values, start) for keys, values in caches]
-        hidden = llama.hidden_states(tokens, positions[:, :, start:end], mask, slots)[:, -1]
-        logits = (hidden @ llama.head_weight().T).float()
+        logits = decoder.logits(tokens, now, mask, slots)
         chosen = pick(logits, temperature, top_k, top_p, generator)
-        values = chosen.tolist()
-        finished = [done or value in stop_ids for done, value in zip(finished, values, strict=True)]
-        yield [None if done else value for done, value in zip(finished, values, strict=True)]
+        ids = chosen.tolist()
+        finished = [done or token in stop_ids for done, token in zip(finished, ids, strict=True)]
+        yield [None if done else token for done, token in zip(finished, ids, strict=True)]
         if all(finished):
             return
         tokens, start = chosen[:, None], end
-
-
-def load_student(path: str, teacher: str | None = None) -> tuple[models.Llama, str]:
-    """(model, directory of its tokenizer) of a Hugging Face directory, a checkpoint or an out_dir."""
-    found = models.resolve(path)
-    if models.is_clone(found):
-        return models.load_clone(found, teacher=teacher).merge(), models.read_json(found / "config.json")[
-            "tokenizer"
-        ]
-    return models.load_model(found), str(found)
+        mask = None if real is None else real[..., : end + 1]
 
 
 class Streamer:
@@ -125,37 +155,85 @@ class Streamer:
         return new
 
 
+def ending_ids(eos: int | None, config: models.ModelConfig, directory: str) -> tuple[int, ...]:
+    """The ids that end a text or a turn: the tokenizer's, the model's and generation_config.json's EOS."""
+    ids, file = [eos, config.eos_token_id], Path(directory) / "generation_config.json"
+    if file.is_file():
+        ids.append(models.read_json(file).get("eos_token_id"))
+    ids = [i for given in ids for i in (given if isinstance(given, list) else [given])]
+    return tuple({i for i in ids if i is not None})
+
+
+def stream(decoder: Decoder, tokens, ids: list[int], seed: int, stop_ids: tuple[int, ...]) -> list[int]:
+    """Prints the continuation of ids as it comes and returns it; in a chat, Ctrl-C only ends it."""
+    streamer = Streamer(tokens)
+    arguments = (max_new_tokens, temperature, top_k, top_p, seed, stop_ids)
+    try:
+        for (token,) in generate(decoder, [ids], *arguments):
+            if token is not None:
+                print(streamer.add(token), end="", flush=True)
+    except KeyboardInterrupt:
+        if not chat:
+            raise
+    print()
+    return streamer.ids
+
+
+def converse(decoder: Decoder, tokens, render, stop_ids: tuple[int, ...]) -> None:
+    """A chat in the terminal, a line a turn; its oldest turns are forgotten when the context is full."""
+    history, room = [], decoder.config.max_position_embeddings - max_new_tokens
+    instructions = [{"role": "system", "content": system}] if system else []
+    print("Ctrl-C stops a reply; an empty line or Ctrl-D leaves.")
+    for turn in itertools.count():
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            line = ""
+        if not line:
+            return
+        history.append({"role": "user", "content": line})
+        while True:
+            text = render(instructions + history, add_generation_prompt=True)
+            ids = tokens.encode(text, add_special_tokens=False).ids
+            if len(ids) <= room or len(history) == 1:
+                break
+            del history[:2]
+        reply = stream(decoder, tokens, ids, seed + turn, stop_ids)
+        history.append({"role": "assistant", "content": tokens.decode(reply).strip()})
+
+
 def main() -> None:
-    llama, found_tokenizer = load_student(model, teacher)
-    directory = tokenizer or found_tokenizer
-    tokens = load_tokenizer(directory)
-    bos, eos = special_ids(tokens, directory)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    directory = tokenizer or models.tokenizer_directory(models.resolve(model), teacher)
+    tokens, render = load_tokenizer(directory), chat_template(directory) if chat else None
+    llama = models.load_checkpoint(models.resolve(model), teacher)
     if tokens.get_vocab_size() > llama.config.vocab_size:
         raise ValueError(
             f"{directory} has {tokens.get_vocab_size()} tokens; {model} has {llama.config.vocab_size}"
         )
-    llama = llama.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    llama = llama.merge() if isinstance(llama, models.LowRankClone) else llama
+    decoder = Decoder(llama.to(where), compile)
+    del llama  # packed weights are copies
+    bos, eos = special_ids(tokens, directory)
+    stop_ids = ending_ids(eos, decoder.config, directory)
+    if chat:
+        return converse(decoder, tokens, render, stop_ids)
     ids = bos + tokens.encode(prompt, add_special_tokens=False).ids
     if not ids:
         if eos is None:
             raise ValueError("the prompt is empty and the tokenizer has neither BOS nor EOS to start from")
         ids = [eos]
-    stop_ids = () if eos is None else (eos,)
     for i in range(num_samples):
-        streamer = Streamer(tokens)
         if num_samples > 1:
             print(f"--- {i + 1}")
         print(prompt, end="", flush=True)
-        for (token,) in generate(llama, [ids], max_new_tokens, temperature, top_k, top_p, seed + i, stop_ids):
-            if token is not None:
-                print(streamer.add(token), end="", flush=True)
-        print()
+        stream(decoder, tokens, ids, seed + i, stop_ids)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         print()

@@ -119,7 +119,7 @@ from tqdm import tqdm
 
 import model as models
 from prepare import Mixture, RandomTokens, load_tokenizer, special_ids, vocabulary_hash, write_shards
-from sample import generate, load_student
+from sample import generate
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 BAR = {"disable": RANK > 0}  # for tqdm
@@ -361,9 +361,8 @@ def report_evaluation(model, heldout: Mixture, where: torch.device) -> None:
 
 def print_samples(path: Path, tokenizer_dir: str) -> None:
     """Continues sample_prompt by the model of a checkpoint, and by its teacher."""
-    speakers = {"model": load_student(str(path))[0]}
-    if models.is_clone(path):
-        speakers = {"student": speakers["model"], "teacher": models.load_model(teacher)}
+    saved = models.load_checkpoint(path)
+    speakers = {"model": saved} if teacher is None else {"student": saved.merge(), "teacher": saved.teacher}
     tokens = load_tokenizer(tokenizer_dir)
     bos, eos = special_ids(tokens, tokenizer_dir)
     ids = bos + tokens.encode(sample_prompt, add_special_tokens=False).ids
@@ -471,8 +470,7 @@ def newest_whole(found: list[Path]) -> Path | None:
         try:
             models.read_json(path / "config.json")
             models.read_json(path / "trainer" / "state.json")
-            for file in (*models.weight_files(path), *(path / "trainer").glob("*.safetensors")):
-                models.open_safetensors(file)
+            models.tensor_slices([*models.weight_files(path), *(path / "trainer").glob("*.safetensors")])
             return path
         except ValueError as error:
             say(f"passing over {path}: {error}")

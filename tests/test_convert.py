@@ -1,0 +1,293 @@
+"""convert.py for every family: a clone's checkpoint -> what transformers 4.51+ and 5 load right."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_model import GOLDEN, LLAMA3, golden, randomise
+from transformers import AutoModelForCausalLM
+
+import convert
+import model as models
+from sample import generate
+
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLED = ROOT / "data/quickstart/teacher"
+# eps, rope_theta and head_dim are far from any default, so that one that is lost shows in the logits.
+SHAPE = {
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
+    "rms_norm_eps": 3e-3, "rope_theta": 700.0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES = {
+    "llama": {"model_type": "llama"},
+    "llama, tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama, rope llama3": {"model_type": "llama", "rope_scaling": LLAMA3},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral, arch llama": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2, arch llama": {"model_type": "qwen2"},
+    "qwen2, tied, arch llama": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3"},
+    "qwen3, tied": {"model_type": "qwen3", "tie_word_embeddings": True},
+}
+
+
+def save_teacher(path, seed=0, **changes) -> models.Llama:
+    teacher = models.Llama(models.ModelConfig.from_hf(SHAPE | changes))
+    randomise(teacher.named_parameters(), seed)
+    models.save_model(teacher, path, torch.float32, None)
+    return teacher
+
+
+def save_random_clone(path, teacher_path, **changes) -> models.LowRankClone:
+    teacher = save_teacher(teacher_path, **changes)
+    clone = models.LowRankClone(teacher, 24, student_rms_norm_eps=5e-3)
+    randomise(clone.trained().items(), seed=1)
+    models.save_clone(clone, path, str(teacher_path), str(teacher_path))
+    return clone
+
+
+def run_convert(monkeypatch, **options):
+    for name, value in options.items():
+        monkeypatch.setattr(convert, name, str(value) if isinstance(value, Path) else value)
+    convert.main()
+
+
+def command_line(script, *arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, script, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def warned():
+    """What transformers logs at WARNING and above."""
+    records = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(handler)
+    yield records
+    logging.getLogger("transformers").removeHandler(handler)
+
+
+def random_ids(count=40):
+    return torch.randint(3, SHAPE["vocab_size"], (2, count), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_loads_the_export(name, tmp_path, monkeypatch, warned):
+    clone = save_random_clone(tmp_path / "clone", tmp_path / "teacher", **FAMILIES[name])
+    out, arch = tmp_path / "student", "llama" if "arch" in name else "native"
+    run_convert(monkeypatch, checkpoint=tmp_path / "clone", out=out, arch=arch)
+    theirs, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    family = "llama" if arch == "llama" else FAMILIES[name]["model_type"]
+    assert type(theirs).__name__ == models.ARCHITECTURES[family] and theirs.dtype == torch.float32
+    tied = FAMILIES[name].get("tie_word_embeddings", False)
+    assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == tied
+    ids, prompt = random_ids(), random_ids(7)[:1]
+    with torch.no_grad():
+        expected = clone.logits(ids)
+        torch.testing.assert_close(theirs.eval()(ids).logits, expected, rtol=0, atol=1e-4)
+    greedy = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
+    made = theirs.generate(prompt, max_new_tokens=12, eos_token_id=None, **greedy)[0, 7:].tolist()
+    assert made == [token for (token,) in generate(models.load_model(out), prompt.tolist(), 12)]
+    assert warned == []
+
+    # A config.json without one of these is another model, or none that loads.
+    config = json.loads((out / "config.json").read_text())
+    for field in ("rms_norm_eps", "rope_theta", "head_dim", *(["rope_scaling"] if "llama3" in name else [])):
+        lost = {key: value for key, value in config.items() if key != field}
+        (out / "config.json").write_text(json.dumps(lost))
+        try:
+            with torch.no_grad():
+                found = AutoModelForCausalLM.from_pretrained(out).eval()(ids).logits
+        except (RuntimeError, ValueError):
+            assert field == "head_dim", field  # weights of another shape
+            continue
+        assert (found - expected).abs().max() > 1e-3, field  # ten times the tolerance above
+
+
+def test_arch_llama_refuses_what_no_llama_computes(tmp_path, monkeypatch):
+    save_random_clone(tmp_path / "qwen3", tmp_path / "teacher3", **FAMILIES["qwen3"])
+    with pytest.raises(ValueError, match="arch is llama; a qwen3 normalises q and k"):
+        run_convert(monkeypatch, checkpoint=tmp_path / "qwen3", out=tmp_path / "x", arch="llama")
+    teacher = save_teacher(tmp_path / "teacher2", **FAMILIES["qwen2"])
+    clone = models.LowRankClone(teacher, 22)
+    randomise(clone.trained().items())
+    models.save_clone(clone, tmp_path / "qwen2", str(tmp_path / "teacher2"), "")
+    with pytest.raises(ValueError, match="its hidden_size, 22, must be a multiple of its 4 heads"):
+        run_convert(monkeypatch, checkpoint=tmp_path / "qwen2", out=tmp_path / "x", arch="llama")
+    assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
+
+
+def test_shards(tmp_path, monkeypatch):
+    clone = save_random_clone(tmp_path / "clone", tmp_path / "teacher", **FAMILIES["qwen2"])
+    out = tmp_path / "student"
+    run_convert(monkeypatch, checkpoint=tmp_path / "clone", out=out, max_shard_gb=3e-5)
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 2 and all(sum(t.nbytes for t in load_file(f).values()) <= 3e4 for f in files)
+    theirs, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        difference = theirs.eval()(random_ids()).logits - clone.logits(random_ids())
+    assert difference.abs().max() < 1e-4
+    with pytest.raises(ValueError, match=r"max_shard_gb is 0\.0; it must be above 0"):
+        run_convert(monkeypatch, out=tmp_path / "x", max_shard_gb=0.0)
+
+
+# ---- the authors' checkpoints
+
+
+def teacher_files(path, teacher):
+    """A teacher's directory with everything that comes along."""
+    models.save_model(teacher, path, torch.float32, BUNDLED)
+    (path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+
+
+@pytest.mark.parametrize("layout", ["file", "directory"])
+@pytest.mark.parametrize("case", ["A_i", "A_ii", "B_i", "C_i"])
+def test_reference_checkpoint(case, layout, tmp_path, monkeypatch):
+    numbers, _, clone, _ = golden(case)
+    teacher_files(tmp_path / "teacher", clone.teacher)
+    tensors = {n.removeprefix("train."): t for n, t in numbers.items() if n.startswith("train.")}
+    (tmp_path / "run").mkdir()
+    file = tmp_path / "run/model.safetensors"
+    save_file(tensors, file)
+    run_convert(monkeypatch, checkpoint=file if layout == "file" else file.parent, out=tmp_path / "student",
+                teacher=tmp_path / "teacher")  # fmt: skip
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        found = theirs.eval()(numbers["input_ids"]).logits[:, 1::2]  # those that are kept
+    expected = numbers["student_logits"].reshape(found.shape)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "student" / name).read_bytes() == (tmp_path / "teacher" / name).read_bytes()
+    assert theirs.generation_config.eos_token_id == [2, 7]
+
+
+@pytest.mark.parametrize(
+    "qkv, gate_up, tied", [(True, False, True), (False, True, False), (True, True, True)]
+)
+def test_reference_checkpoint_with_shared_projections(qkv, gate_up, tied, tmp_path, monkeypatch):
+    """Also one that was sharded, holds the teacher and the alignment's zoom_out, and has another eps."""
+    teacher = save_teacher(tmp_path / "teacher", model_type="llama")
+    clone = models.LowRankClone(teacher, 24, share_qkv=qkv, share_gate_up=gate_up, tie_head_projection=tied,
+                                student_rms_norm_eps=4e-3)  # fmt: skip
+    randomise(clone.trained().items(), seed=1)
+    tensors = {"model.zoom.weight": clone.embedding_projection.T, "model.target_norm.weight": clone.norm}
+    if not tied:
+        tensors["zoom_down.weight"] = clone.head_projection.T
+    for i, layer in enumerate(clone.layers):
+        at, p = f"model.layers.{i}.", layer.projections
+        tensors[f"{at}target_input_layernorm.weight"] = layer.input_norm
+        tensors[f"{at}target_post_attention_layernorm.weight"] = layer.post_norm
+        tensors[f"{at}self_attn.zoom_down.weight"], tensors[f"{at}mlp.zoom_down.weight"] = (
+            p["o"].T,
+            p["down"].T,
+        )
+        tensors[f"{at}mlp.zoom_out.weight"] = torch.zeros(48, 24)
+        if qkv:
+            tensors[f"{at}self_attn.zoom_up.weight"] = p["qkv"]
+        else:
+            tensors |= {f"{at}self_attn.zoom_{m}.weight": p[m] for m in "qkv"}
+        if gate_up:
+            tensors[f"{at}mlp.zoom_up.weight"] = p["gate_up"]
+        else:
+            tensors |= {f"{at}mlp.zoom_{m}.weight": p[m].T for m in ("gate", "up")}
+    run = tmp_path / "run"
+    run.mkdir()
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    files = {
+        "model-1.safetensors": tensors,
+        "model-2.safetensors": load_file(tmp_path / "teacher/model.safetensors"),
+    }
+    for file, content in files.items():
+        save_file(content, run / file)
+    index = {"weight_map": {name: file for file, content in files.items() for name in content}}
+    (run / "model.safetensors.index.json").write_text(json.dumps(index))
+    (run / "config.json").write_text('{"model_type": "llama", "target_rms_norm_eps": 0.004}')
+    run_convert(monkeypatch, checkpoint=run, out=tmp_path / "student", teacher=tmp_path / "teacher")
+    student = models.load_model(tmp_path / "student")
+    assert student.config == clone.config
+    torch.testing.assert_close(student.logits(random_ids()), clone.logits(random_ids()), rtol=0, atol=1e-4)
+
+
+def test_reference_checkpoint_errors(tmp_path, monkeypatch):
+    numbers = load_file(GOLDEN / "A_i/golden.safetensors")
+    tensors = {n.removeprefix("train."): t for n, t in numbers.items() if n.startswith("train.")}
+    file = tmp_path / "run.safetensors"
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="is of the authors' code; name its teacher with --teacher=DIR"):
+        run_convert(monkeypatch, checkpoint=file, out=tmp_path / "x")
+    save_teacher(tmp_path / "narrow", model_type="llama")
+    with pytest.raises(ValueError, match=r"has a teacher of hidden size 64; .*narrow has 48"):
+        run_convert(monkeypatch, checkpoint=file, out=tmp_path / "x", teacher=tmp_path / "narrow")
+    save_teacher(tmp_path / "short", model_type="llama", hidden_size=64)
+    with pytest.raises(ValueError, match=r"unexpected model\.layers\.2\."):
+        run_convert(monkeypatch, checkpoint=file, out=tmp_path / "x", teacher=tmp_path / "short")
+    del tensors["model.layers.1.self_attn.zoom_k.weight"]
+    save_file(tensors, file)
+    save_teacher(tmp_path / "right", model_type="llama", hidden_size=64, num_hidden_layers=3)
+    with pytest.raises(ValueError, match=r"missing model\.layers\.1\.self_attn\.zoom_k\.weight"):
+        run_convert(monkeypatch, checkpoint=file, out=tmp_path / "x", teacher=tmp_path / "right")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="truncated or not a safetensors file"):
+        run_convert(monkeypatch, checkpoint=file, out=tmp_path / "x", teacher=tmp_path / "right")
+    save_file({"a": torch.zeros(2)}, file)
+    with pytest.raises(ValueError, match=r"no tensor model\.zoom\.weight"):
+        run_convert(monkeypatch, checkpoint=file, out=tmp_path / "x", teacher=tmp_path / "right")
+
+
+# ---- a teacher that has moved, or is another
+
+
+def test_moved_teacher_brings_its_tokenizer(tmp_path):
+    teacher_files(tmp_path / "teacher", models.load_model(BUNDLED))
+    clone = models.LowRankClone(models.load_model(tmp_path / "teacher"), 96)
+    randomise(clone.trained().items())
+    recorded = str(tmp_path / "teacher")
+    models.save_clone(clone, tmp_path / "clone", recorded, recorded)
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    checkpoint, moved = f"--checkpoint={tmp_path}/clone", f"--teacher={tmp_path}/moved"
+    refused = command_line("convert.py", checkpoint, f"--out={tmp_path}/x")
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert "is not there; say where with --teacher=DIR" in refused.stderr
+    done = command_line("convert.py", checkpoint, moved, f"--out={tmp_path}/student")
+    assert done.returncode == 0, done.stderr
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "student" / name).read_bytes() == (tmp_path / "moved" / name).read_bytes()
+    generation = models.read_json(tmp_path / "student/generation_config.json")
+    assert generation == {"eos_token_id": [2, 7]}
+    sampled = command_line("sample.py", f"--model={tmp_path}/clone", moved, "--max_new_tokens=4")
+    assert sampled.returncode == 0 and "def read(" in sampled.stdout, sampled.stderr
+
+    # a tokenizer of its own stays where it was recorded
+    shutil.copytree(BUNDLED, tmp_path / "own")
+    models.save_clone(clone, tmp_path / "clone", recorded, str(tmp_path / "own"))
+    own = models.tokenizer_directory(tmp_path / "clone", str(tmp_path / "moved"))
+    assert own == str(tmp_path / "own")
+
+    # another teacher of this size, and one of another
+    other = models.load_model(BUNDLED)
+    randomise(other.named_parameters())
+    models.save_model(other, tmp_path / "other", torch.float32, BUNDLED)
+    models.save_model(clone.merge(), tmp_path / "small", torch.float32, BUNDLED)
+    for script, source in (("convert.py", checkpoint), ("sample.py", f"--model={tmp_path}/clone")):
+        for wrong in ("other", "small"):
+            out = [f"--out={tmp_path}/x"] if script == "convert.py" else []
+            refused = command_line(script, source, f"--teacher={tmp_path}/{wrong}", *out)
+            assert refused.returncode == 1 and refused.stderr.count("\n") == 1, refused.stderr
+            assert f"{wrong} is not the teacher it was trained with" in refused.stderr
+    assert not (tmp_path / "x").exists()

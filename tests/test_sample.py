@@ -1,0 +1,196 @@
+"""sample.py: decoding against transformers and the plain forward pass, and the chat."""
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_model import random_llama
+from transformers import AutoModelForCausalLM
+
+import model as models
+import sample
+from prepare import load_tokenizer
+from sample import Decoder, Packed, ending_ids, generate
+
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLED = ROOT / "data/quickstart/teacher"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def prompts(*lengths):
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randint(1, 96, (n,), generator=generator).tolist() for n in lengths]
+
+
+def continuations(*arguments, **options):
+    return [list(row) for row in zip(*generate(*arguments, **options), strict=True)]
+
+
+# ---- decoding
+
+
+@pytest.mark.parametrize("lengths", [(9,), (3, 11, 7), tuple(range(2, 22))])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_greedy_tokens_are_transformers(family, lengths, tmp_path):
+    """One row, a padded batch, a large one."""
+    ours = random_llama(family=family, head_dim=16)
+    models.save_model(ours, tmp_path, torch.float32, None)
+    theirs, rows, width = (
+        AutoModelForCausalLM.from_pretrained(tmp_path).eval(),
+        prompts(*lengths),
+        max(lengths),
+    )
+    expected = theirs.generate(
+        torch.tensor([[0] * (width - len(row)) + row for row in rows]),
+        attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+        max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None,
+    )[:, width:].tolist()  # fmt: skip
+    assert continuations(ours, rows, 16) == expected
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 300])
+def test_packed_weight_is_linear(count):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(count, 1, 24), torch.randn(40, 24), torch.randn(40)
+    for b in (None, bias):
+        # float32 in another order of summation
+        torch.testing.assert_close(F.linear(x, Packed(weight), b), F.linear(x, weight, b), rtol=0, atol=1e-5)
+
+
+def test_decoding_in_bfloat16_and_compiled(monkeypatch):
+    """In bfloat16 the weights are cast once; compiled layers (here traced only) give the same tokens."""
+    llama, rows = random_llama(head_dim=16), prompts(5, 8)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    assert continuations(Decoder(llama, compiled=True), rows, 12) == continuations(llama, rows, 12)
+    half = models.Llama(llama.config, torch.bfloat16)  # computes in bfloat16, its weights float32
+    half.load_state_dict(llama.state_dict())
+    (row,) = continuations(half, rows[:1], 12)
+    logits = half.logits(torch.tensor([rows[0] + row]))[0, len(rows[0]) - 1 : -1]
+    chosen = logits[torch.arange(12), torch.tensor(row)]
+    # the likeliest of the whole sequence's forward pass, but for what bfloat16 cannot tell apart
+    assert (logits.max(-1).values - chosen).max() < 0.02 * logits.abs().max()
+
+
+def test_a_step_allocates_no_cache_and_casts_no_weight(monkeypatch):
+    llama = random_llama(family="qwen2")
+    casts = []
+    weights = models.Layer.weights
+    monkeypatch.setattr(
+        models.Layer, "weights", lambda layer, dtype: casts.append(1) or weights(layer, dtype)
+    )
+    steps = generate(llama, prompts(4, 6), 10)
+    next(steps)
+    made = []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, **k: made.append(1) or zeros(*a, **k))
+    assert len(list(steps)) == 9 and made == [] and len(casts) == len(llama.layers)
+
+
+# ---- chat
+
+
+def test_ending_ids(tmp_path):
+    config = models.ModelConfig.from_hf(
+        {"model_type": "llama", "vocab_size": 9, "hidden_size": 4, "intermediate_size": 4,
+         "num_hidden_layers": 1, "num_attention_heads": 2, "eos_token_id": [3, 4]}
+    )  # fmt: skip
+    assert set(ending_ids(None, config, str(tmp_path))) == {3, 4}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 5]}))
+    assert set(ending_ids(2, config, str(tmp_path))) == {2, 3, 4, 5}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert set(ending_ids(2, config, str(tmp_path))) == {2, 3, 4, 7}
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """The bundled teacher with a chat template."""
+    path = tmp_path_factory.mktemp("talker") / "model"
+    shutil.copytree(BUNDLED, path)
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    return path
+
+
+def converse(monkeypatch, talker, lines, replies, **options):
+    """The prompts the model sees, as text, when a user says `lines` and it answers `replies`.
+
+    KeyboardInterrupt in a reply is the user's Ctrl-C.
+    """
+    tokens, seen, said = load_tokenizer(talker), [], iter(lines)
+    decoder = Decoder(models.load_model(talker))
+
+    def fake(decoder, ids, *arguments):
+        seen.append(tokens.decode(ids[0], skip_special_tokens=False))
+        reply = replies[len(seen) - 1]
+        text, interrupted = (reply[0], True) if isinstance(reply, tuple) else (reply, False)
+        for token in tokens.encode(text, add_special_tokens=False).ids:
+            yield [token]
+        if interrupted:
+            raise KeyboardInterrupt
+
+    def read(prompt):
+        line = next(said, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr(sample, "generate", fake)
+    monkeypatch.setattr("builtins.input", read)
+    for name, value in {"chat": True, **options}.items():
+        monkeypatch.setattr(sample, name, value)
+    sample.converse(decoder, tokens, sample.chat_template(talker), ())
+    return seen
+
+
+def test_chat_keeps_history_and_survives_an_interrupt(monkeypatch, talker, capsys):
+    seen = converse(
+        monkeypatch, talker, ["one", "two", "three"], ["first", ("sec", KeyboardInterrupt), "third"]
+    )
+    first = "<user>one</user><assistant>"
+    second = f"{first}first</assistant><user>two</user><assistant>"
+    assert seen == [first, second, f"{second}sec</assistant><user>three</user><assistant>"]
+    printed = capsys.readouterr().out
+    assert "first\n" in printed and "sec\n" in printed and "third\n" in printed
+    assert len(converse(monkeypatch, talker, ["one", "", "two"], ["first"])) == 1  # an empty line leaves
+
+
+def test_chat_forgets_its_oldest_turns_but_not_its_instructions(monkeypatch, talker):
+    context = models.read_config(talker).max_position_embeddings
+    long = "x = 1\n" * (context // 8)
+    seen = converse(
+        monkeypatch, talker, [long, "two"], ["first", "second"], system="S", max_new_tokens=context // 2
+    )
+    assert seen[1] == "<system>S</system><user>two</user><assistant>"
+
+
+def start(*arguments, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "sample.py", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+
+
+def test_chat_through_pipes(talker):
+    chat = start(f"--model={talker}", "--chat=True", "--max_new_tokens=4000", "--temperature=1.0", "--seed=3")
+    chat.stdin.write("hello\n")
+    chat.stdin.flush()
+    seen = ""
+    while len(seen.partition("> ")[2]) < 20:  # in the middle of a reply
+        seen += chat.stdout.read(1)
+    chat.send_signal(signal.SIGINT)
+    out, errors = chat.communicate("again\n", timeout=300)
+    assert chat.returncode == 0 and errors == "" and out.count("> ") >= 2  # the next prompt, and the last
+
+    chat = start(f"--model={BUNDLED}", "--chat=True")
+    out, errors = chat.communicate("hello\n")
+    assert chat.returncode == 1 and errors.count("\n") == 1 and "has no chat template" in errors
