@@ -1,0 +1,17 @@
+"""Base of the token-efficiency study: the quickstart, 204,800 tokens, evaluated every 10,240.
+
+    python tools/study.py         # all variants and seeds, and their table
+    python train.py config/study/base.py config/study/paper.py --seed=1 --out_dir=out/study/paper_1
+
+Each other file here is a variant on top of it (or of smollm2.py) and changes only what its name says.
+"""
+
+global_batch_size = 8
+micro_batch_size = 8
+max_steps = 100
+learning_rate = 3e-3
+eval_every = 5
+eval_blocks = 32
+save_every = 0
+sample_prompt = ""
+out_dir = "out/study"

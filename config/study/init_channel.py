@@ -1,0 +1,3 @@
+"""Ours from the channels with most energy, as arXiv 2605.29327 starts."""
+
+init = "channel"

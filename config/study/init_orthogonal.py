@@ -1,0 +1,3 @@
+"""Ours from random orthogonal projections."""
+
+init = "orthogonal"

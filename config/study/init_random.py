@@ -1,0 +1,3 @@
+"""Ours from random projections, N(0, 0.02)."""
+
+init = "random"

@@ -1,0 +1,3 @@
+"""Ours without attention's clone terms."""
+
+clone_skip = ("q", "k", "v", "attn_out")

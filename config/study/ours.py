@@ -1,0 +1,1 @@
+"""Ours: train.py's defaults, with nothing changed."""

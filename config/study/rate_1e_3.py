@@ -1,0 +1,3 @@
+"""Ours at a third of the learning rate."""
+
+learning_rate = 1e-3

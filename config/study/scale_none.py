@@ -1,0 +1,3 @@
+"""Ours with clone terms as plain mean squared errors."""
+
+clone_scale = "none"
