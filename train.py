@@ -477,6 +477,16 @@ def newest_whole(found: list[Path]) -> Path | None:
     return None
 
 
+def keep_log(file: Path, step: int) -> None:
+    """Drops the lines of metrics.jsonl after `step`, and one that a kill cut short."""
+    kept, partial = [], file.with_name("metrics.partial")
+    for line in file.read_text().splitlines() if step and file.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+    partial.write_text("".join(kept))
+    partial.replace(file)
+
+
 def check_resumed(path: Path) -> dict:
     """The checkpoint's {step, optimizer_steps, options}; ValueError where it belongs to another run."""
     state = models.read_json(path / "trainer" / "state.json")
@@ -615,8 +625,7 @@ def main() -> None:
         say(f"resumed from {last}")
     if RANK == 0:
         os.makedirs(out_dir, exist_ok=True)
-        lines = log_file.read_text().splitlines() if start else []
-        log_file.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
+        keep_log(log_file, start)
     send = start_wandb()
 
     def log(step: int, values: dict) -> None:
