@@ -1,0 +1,120 @@
+"""tools/plan.py: its memory against that of runs of train.py, and its page for a model that is not here."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, metrics, run
+
+from configurator import read_options
+
+sys.path.insert(0, str(ROOT / "tools"))
+import plan
+
+import train
+
+SHAPE = {
+    "model_type": "llama", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536,
+    "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True,
+}  # fmt: skip
+# freed memory goes back to the system at once, as it does on a GPU's free list: what is resident is alive
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+}
+
+
+def options(micro_batch_size, seq_len, **more):
+    return {
+        "teacher": SHAPE, "student_hidden_size": 256, "data": None, "init": "random", "max_steps": 2,
+        "save_every": 0, "eval_every": 0, "sample_prompt": "", "log_every": 1, "seq_len": seq_len,
+        "micro_batch_size": micro_batch_size, "global_batch_size": micro_batch_size, "device": "cpu", **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def measure(monkeypatch):
+    """plan.measure under given options of train.py, GiB; those of other tests are left as they are."""
+    defaults = {
+        name: default for name, (default, _, _) in read_options((ROOT / "train.py").read_text()).items()
+    }
+    for name in (*defaults, "WORLD_SIZE"):
+        monkeypatch.setattr(train, name, getattr(train, name))
+
+    def measured(given, *arguments):
+        plan.set_options(defaults | given)
+        return plan.measure(*arguments, gpu=False)[0] / 2**30
+
+    return measured
+
+
+def start(script, *arguments):
+    command = [sys.executable, script, *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(process):
+    output = process.communicate(timeout=170)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def peaks(output):
+    """{(parallel, activation_checkpointing): (peak GiB, fits)} of a plan."""
+    rows = re.findall(r"^  (ddp|fsdp) +(True|False) +([\d.]+) +[\d.]+  (yes|no)$", output, re.MULTILINE)
+    return {(parallel, kept == "True"): (float(peak), fits) for parallel, kept, peak, fits in rows}
+
+
+@pytest.fixture(scope="module")
+def page():
+    process = start(
+        "tools/plan.py", "config/lrc_1_5b.py", "--gpus=1", "--global_batch_size=3", "--memory_gib=45"
+    )
+    yield process
+    process.kill()
+
+
+def test_memory_is_what_a_run_takes(page, measure, tmp_path):
+    # the difference of a large and a small step: the interpreter is in both
+    steps = {"large": options(4, 256), "small": options(1, 16)}
+    runs = [
+        start(
+            "train.py", f"--out_dir={tmp_path / name}", *(f"--{key}={value}" for key, value in step.items())
+        )
+        for name, step in steps.items()
+    ]
+    large, small = (measure(step, 1, "ddp", False) for step in steps.values())
+    for process in runs:
+        finish(process)
+    taken, base = (metrics(tmp_path / name)[-1]["peak_memory_gib"] for name in steps)
+    assert taken - base > 0.2
+    assert large - small == pytest.approx(taken - base, rel=0.15)
+
+
+def test_shards_and_checkpointing_take_less(measure):
+    given = options(2, 1024, global_batch_size=8, teacher=SHAPE | {"num_hidden_layers": 2})
+    peak = {(p, kept): measure(given, 4, p, kept) for p in ("ddp", "fsdp") for kept in (False, True)}
+    assert peak["fsdp", True] < peak["fsdp", False] < peak["ddp", False]
+    assert peak["fsdp", True] < peak["ddp", True] < peak["ddp", False]
+
+
+def test_page_of_a_model_that_is_not_here(page):
+    output = finish(page)
+    for number in ("3,212,749,824", "929,650,176", "1,606,374,912", "208,000 steps"):
+        assert number in output
+    found = peaks(output)
+    assert found["ddp", False][1] == "no" and found["ddp", True][1] == "yes"  # of 45 GiB
+
+
+def test_mistakes_are_told_in_one_line():
+    for arguments, words in (
+        (["--teacher=models/none"], "models/none is not a directory"),
+        (["--gpu=7"], 'unknown option "gpu"'),
+    ):
+        done = run("tools/plan.py", *arguments)
+        assert done.returncode and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

@@ -1,0 +1,281 @@
+"""What a run of train.py takes, before a GPU is rented: parameters, FLOPs, memory, traffic and days.
+
+    python tools/plan.py config/lrc_1_5b.py --gpus=8
+    python tools/plan.py config/lrc_4b.py --gpus=64 --replicas=8 --micro_batch_size=1 --global_batch_size=64
+    python tools/plan.py config/bench_smollm2.py --gpus=1 --device=cpu     # a process on a CPU
+
+Takes train.py's config files and options besides its own (--help of both). Needs no weights: where the
+teacher's directory is not there, config/teachers/NAME.json is its config.json. Memory is not a formula: a
+step of train.py runs on fake tensors (which have shapes and no data) in a fake process group of `gpus` ranks,
+under PyTorch's memory trackers, which follow what each operation allocates and frees. They see neither what
+is allocated within an operation nor fragmentation, for which there is reserve_gib.
+"""
+
+gpus = 8  # processes of the run, one a GPU
+memory_gib = 80.0  # of a GPU
+reserve_gib = (
+    6.0  # of it, for what is not a tensor: CUDA context, cuBLAS, NCCL, the allocator's fragmentation
+)
+peak_tflops = 989.0  # of a GPU in bfloat16, dense (H100 SXM)
+mfu = (0.3, 0.4, 0.5)  # fractions of it that a run may reach
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+if __name__ == "__main__":
+    from configurator import configure, read_options
+
+    own = [a for a in sys.argv[1:] if a.partition("=")[0][2:] in read_options(Path(__file__).read_text())]
+    others = [a for a in sys.argv[1:] if a not in own]
+    configure(globals(), own + [a for a in others if a in ("-h", "--help")])
+    options = configure({"__file__": ROOT / "train.py"}, others)
+
+import contextlib
+import functools
+import math
+import time
+import warnings
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import model as models
+import train
+from prepare import RandomTokens
+
+
+def config_of(path: str) -> dict:
+    """The config.json of a Hugging Face directory, or that of its name in config/teachers/."""
+    known = ROOT / "config/teachers" / f"{Path(path).name}.json"
+    if not Path(path).is_dir() and known.is_file():
+        return models.read_json(known)
+    models.read_config(path)  # refuses what is not there
+    return models.read_json(Path(path) / "config.json")
+
+
+def set_options(options: dict) -> None:
+    """Makes them train.py's, a model's directory replaced by its shape."""
+    shapes = {name: options[name] for name in ("teacher", "model_config")}
+    if options["teacher"] is None:
+        shapes["model_config"] = options["model_config"] or options["init_from"]
+    shapes = {name: config_of(shape) if isinstance(shape, str) else shape for name, shape in shapes.items()}
+    for name, value in (options | shapes | {"init_from": None, "eval_only": False}).items():
+        setattr(train, name, value)
+
+
+class Blocks(RandomTokens):
+    """Any blocks, of chats and of documents too: memory does not depend on what is in them."""
+
+    def rows(self, start, count):
+        return np.zeros((count, self.seq_len), np.int64), np.zeros((count, self.seq_len), np.int64)
+
+    def documents(self, start, count):
+        return np.zeros((count, self.seq_len + 1), np.int64)
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """What F.rms_norm keeps and makes on a GPU, where it is one kernel; on a CPU it is six."""
+
+    @staticmethod
+    def forward(ctx, x, shape, weight, eps):
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        return torch.empty_like(x), None, torch.empty_like(weight) if needs[2] else None, None
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that this rank sends in FSDP's collectives, each in a ring: the whole but for its own part."""
+
+    sent = 0.0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        c10d = torch.ops.c10d
+        if function in (c10d._allgather_base_.default, c10d._reduce_scatter_base_.default):
+            self.sent += abs(args[0].nbytes - args[1].nbytes)
+        elif function is c10d.allreduce_.default:  # among the replicas
+            self.sent += 2 * (1 - 1 / train.replicas) * sum(tensor.nbytes for tensor in args[0])
+        return function(*args, **(kwargs or {}))
+
+
+class PeakOnly:
+    """Of a tracker: the peak as a whole and not of every module, which is half of the time it takes."""
+
+    def _update_peak_stats(self, peak_state):
+        for device, now in self._curr_mem_snap.items():
+            self._peak_mem[device] = max(self._peak_mem.get(device, 0), now["Total"])
+
+
+class ShardTracker(PeakOnly, FSDPMemTracker):
+    pass
+
+
+class ReplicaTracker(PeakOnly, MemTracker):
+    def _track_module_params_and_buffers(self, module, install_grad_hooks=True):
+        return super()._track_module_params_and_buffers(module, False)  # the teacher's take no hooks
+
+
+class Pass(torch.nn.Module):
+    """Calls a function, in which the trackers take layers for parts of one pass, however often they run."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function, *args):
+        return function(*args)
+
+
+def run_step(model, make_weights, optimizer, where) -> None:
+    """The step in train.py's main(), but for schedule and logs."""
+    parameters, sums = [p for p in model.parameters() if p.requires_grad], {}
+    blocks = Blocks(model.config.vocab_size, train.seq_len)
+    accumulation = train.global_batch_size // (train.micro_batch_size * train.WORLD_SIZE)
+    weights = Pass(model)(make_weights)
+    held = models.hold(weights) if accumulation > 1 or model.sharded else weights
+    labels = train.global_batch_size * train.seq_len
+    for _ in range(min(accumulation, 2)):  # a third takes no more than the second
+        loss, values = Pass(model)(
+            train.forward, model, held, blocks, 0, train.micro_batch_size, train.global_batch_size, labels,
+            where,
+        )  # fmt: skip
+        (loss * (train.WORLD_SIZE + 0.0 * loss.detach())).backward()
+        train.add(sums, values)
+    if held is not weights:
+        models.release(weights, held)
+    del weights, held, loss
+    grad_norm = train.full(torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm or torch.inf))
+    optimizer.found_inf = (~grad_norm.isfinite()).float()
+    optimizer.step()
+
+
+def measure(ranks: int, parallel: str, activation_checkpointing: bool, gpu: bool = True) -> tuple[int, float]:
+    """(most bytes of tensors at once, bytes sent in a step) of one rank, by train.py's options as now set.
+
+    gpu: bfloat16, and a GPU's chunks of logits and RMSNorm; else float32 as on a CPU. In either case the fake
+    tensors are on the CPU, since a PyTorch without CUDA cannot run backward on a GPU's.
+    """
+    where, dtype = torch.device("cpu"), getattr(torch, train.dtype or ("bfloat16" if gpu else "float32"))
+    sharded = parallel == "fsdp" and ranks > 1
+    real_mesh, real_chunk = train.init_device_mesh, models.loss_chunk
+
+    def make_mesh(*arguments, **options):  # computes with real numbers
+        with unset_fake_temporarily():
+            return real_mesh(*arguments, **options)
+
+    replaced = [
+        (train, "WORLD_SIZE", ranks),
+        (train, "parallel", parallel),
+        (train, "init_device_mesh", make_mesh),
+    ]
+    if gpu:
+        cuda = torch.device("cuda")
+        replaced += [(F, "rms_norm", FusedRMSNorm.apply)]
+        replaced += [(models, "loss_chunk", lambda vocab_size, device: real_chunk(vocab_size, cuda))]
+    with contextlib.ExitStack() as stack:
+        models.logit_buffers.cache_clear()
+        stack.callback(models.logit_buffers.cache_clear)
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+        stack.callback(dist.destroy_process_group)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Module is None")  # a Pass, when its layers' backward runs
+        for owner, name, value in replaced:
+            stack.enter_context(patch.object(owner, name, value))
+        with torch.device("meta"):
+            model = train.build_model(dtype)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        model.to_empty(device=where)
+        if activation_checkpointing:
+            model.run_block = functools.partial(checkpoint, model.run_block, use_reentrant=False)
+        make_weights = train.distribute(model, where, dtype) if sharded else model
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+        train.adam_state(model, optimizer)  # as after a first step
+        if ranks > 1 and not sharded:
+            for p in parameters:
+                p.grad = torch.zeros_like(p)  # in DDP's buckets, which stay
+        tracker = ShardTracker(model, optimizer) if sharded else ReplicaTracker()
+        if not sharded:
+            tracker.track_external(model, optimizer)
+        with Traffic() as traffic, tracker:
+            run_step(model, make_weights, optimizer, where)
+        peak = sum(tracker._peak_mem.values())  # one device
+        return peak, traffic.sent if sharded else 2 * (ranks - 1) / ranks * sum(p.nbytes for p in parameters)
+
+
+def main() -> None:
+    set_options(options)
+    gpu, tokens = train.device != "cpu", train.global_batch_size * train.seq_len
+    accumulation, rest = divmod(train.global_batch_size, train.micro_batch_size * gpus)
+    if rest or not accumulation:
+        raise ValueError(
+            f"global_batch_size {train.global_batch_size} is no multiple of micro_batch_size "
+            f"{train.micro_batch_size} on {gpus} processes"
+        )
+    if gpus % train.replicas:
+        raise ValueError(f"replicas is {train.replicas}; it must divide {gpus} processes")
+    with torch.device("meta"):
+        model = train.build_model(torch.float32)
+    clone = isinstance(model, models.LowRankClone)
+    if clone:
+        print(f"\nteacher {sum(p.numel() for p in model.teacher.parameters()):15,} parameters, frozen")
+    print(f"trained {sum(p.numel() for p in model.parameters() if p.requires_grad):15,}")
+    whole = sum(math.prod(shape) for _, shape in model.config.weight_names().values())
+    print(f"{'student' if clone else 'model':8}{whole:15,}")
+
+    parts = models.flops(model, tokens, train.seq_len)
+    layers = parts["student" if clone else "model"] / 3 + parts.get("teacher", 0.0)
+    again = layers + parts.get("clone losses", 0.0) / 2
+    if clone:
+        parts["compose"] *= gpus  # each makes the weights for itself
+    print(f"\nGFLOP a token, of {tokens:,} tokens a step on {gpus} {'GPUs' if gpu else 'processes'}")
+    total = sum(parts.values())
+    for name, value in (parts | {"all": total, "layers again": again}).items():
+        note = "  (besides, with activation_checkpointing)" if name == "layers again" else ""
+        print(f"  {name:14}{value / tokens / 1e9:8.2f}{note}")
+
+    batch = f"{accumulation} x {train.micro_batch_size} blocks of {train.seq_len} tokens"
+    print(f"\none of them, with {batch} a step (fits: with {reserve_gib:g} GiB of reserve)")
+    print(f"  parallel  activation_checkpointing  peak GiB  sent, GiB a step  fits {memory_gib:g} GiB")
+    for parallel in ("ddp", "fsdp") if gpus > 1 else ("ddp",):
+        for checkpointing in (False, True):
+            peak, sent = (number / 2**30 for number in measure(gpus, parallel, checkpointing, gpu))
+            fits = "yes" if peak + reserve_gib <= memory_gib else "no"
+            print(f"  {parallel:10}{checkpointing!s:24}{peak:10.2f}{sent:18.2f}  {fits}", flush=True)
+
+    steps, what = (train.max_steps, "the run") if train.max_steps else (1e9 / tokens, "a run of 1B tokens")
+    print(
+        f"\n{what}: {steps:,.0f} steps, {steps * tokens / 1e9:.2f}B tokens, at {peak_tflops:g} TFLOP/s each"
+    )
+    print("  MFU  activation_checkpointing   tokens/s    days   GPU-hours")
+    for fraction in mfu:
+        for checkpointing, work in ((False, total), (True, total + again)):
+            seconds = work / (gpus * peak_tflops * 1e12 * fraction)  # of a step
+            hours = steps * seconds / 3600
+            speed = f"{tokens / seconds:10,.0f}{hours / 24:8.1f}{hours * gpus:12,.0f}"
+            print(f"  {fraction:.0%}  {checkpointing!s:25}{speed}")
+    used = train.peak_memory_gib(torch.device("cpu"))
+    print(f"\nplanned in {time.process_time():.0f} s of CPU time and {used:.1f} GiB")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
