@@ -273,6 +273,10 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(turned, halves, cos[..., None, :]).flatten(-2).to(x.dtype)
 
 
+def rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension with float32 statistics, in x's dtype."""
     return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
@@ -811,32 +815,37 @@ class LowRankClone(nn.Module):
         if init not in ("channel", "pca"):
             return self
         d_s, covariance = self.config.hidden_size, self.teacher.stream_covariance(calibration)
+        final = self.teacher.norm.double()
+        balance = torch.ones_like(final)
         if init == "channel":
             chosen = covariance.diagonal().topk(d_s).indices.sort().values
             basis = F.one_hot(chosen, len(covariance)).T.double()
         else:
+            if self.head_projection is None:
+                # The head's projection is the embedding's: half of the final norm's weight goes into either.
+                balance = (final / rms(final)).clamp(min=0.1).sqrt()
+                covariance = balance[:, None] * covariance * balance
             basis = torch.linalg.eigh(covariance).eigenvectors[:, -d_s:]
         # less energy in fewer channels: x / rms(x) of what is kept is smaller by this than the teacher's
         scale = ((basis * (covariance @ basis)).sum() * len(covariance) / d_s).sqrt()
+        into, out_of = balance[:, None] * basis, basis / balance[:, None]  # the student's stream, [d_T, d_S]
 
         def absorb(norm: nn.Parameter, projections: list[nn.Parameter], gamma: Tensor) -> None:
-            """What reads U^T x through the teacher's norm weight gamma, as far as a basis allows."""
-            norm.data.fill_(gamma.mean() * scale)
+            """What reads the stream through the teacher's norm weight gamma, as far as a basis allows."""
+            norm.data.fill_(rms(gamma) * scale)
             for projection in projections:
-                projection.data.copy_(gamma[:, None] / gamma.mean() * basis)
+                projection.data.copy_(gamma[:, None] / rms(gamma) * out_of)
 
         for layer, teacher in zip(self.layers, self.teacher.layers, strict=True):
             p = {name: layer.projections[home] for name, home in layer.home.items()}
             absorb(layer.input_norm, [p["q"], p["k"], p["v"]], teacher.input_norm.double())
             absorb(layer.post_norm, [p["gate"], p["up"]], teacher.post_norm.double())
             for name in WRITES:
-                p[name].data.copy_(basis)
-        gamma = self.teacher.norm.double()
-        self.embedding_projection.data.copy_(basis)
-        if self.head_projection is None:  # the embedding's: the norm takes what it can of gamma
-            self.norm.data.copy_((basis.square() * gamma[:, None]).sum(0) * scale)
-        else:
-            absorb(self.norm, [self.head_projection], gamma)
+                p[name].data.copy_(into)
+        self.embedding_projection.data.copy_(into)
+        absorb(self.norm, [] if self.head_projection is None else [self.head_projection], final)
+        if self.head_projection is None and init == "channel":
+            self.norm.data.copy_(final[chosen] * scale)
         return self
 
     def forward(self) -> dict:
