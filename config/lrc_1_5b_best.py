@@ -1,4 +1,4 @@
-"""LRC-1.5B with what the study in the README found best, in place of the paper's settings.
+"""LRC-1.5B with what small runs found best (see the README), in place of the paper's settings.
 
     torchrun --nproc_per_node=8 train.py config/lrc_1_5b_best.py
 
@@ -15,8 +15,7 @@ max_steps = 208_000  # 10.2B tokens
 learning_rate = 1e-4  # the paper's
 lr_schedule = "linear"
 warmup_ratio = 0.005
-init = "pca"  # here and below, train.py's defaults
-tie_head_projection = True
+init = "channel"  # pca, the best on the small teacher, starts badly on SmolLM2-135M
 kl_temperature = 1.0
 kl_weight = 1.0
 clone_scale = "teacher"
