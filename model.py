@@ -493,6 +493,10 @@ def head_loss(
 # ---- weights for several batches
 
 
+class Held(dict):
+    """A dict that pytrees do not look into: FSDP would gather every gradient in it before it keeps one."""
+
+
 def hold(weights: dict) -> dict:
     """A model's weights as leaves on which the gradients of several batches gather, in float32 at least."""
 
@@ -502,7 +506,7 @@ def hold(weights: dict) -> dict:
             held.grad_dtype = torch.promote_types(weight.dtype, torch.float32)
         return held
 
-    return tree_map(leaf, weights)
+    return Held(tree_map(leaf, weights))
 
 
 def release(weights: dict, held: dict) -> None:

@@ -188,6 +188,7 @@ def distribute(model, where: torch.device, compute_dtype: torch.dtype):
             layer.sharded = True
             fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.set_reshard_after_backward(False, recurse=False)
     for method in ("loss", "effective_ranks"):  # besides forward(), which makes the weights
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
@@ -665,6 +666,8 @@ def main() -> None:
             add(sums, values)
         if held is not weights:
             models.release(weights, held)
+            if model.sharded:
+                model.reshard()
         del weights, held, loss
 
         grad_norm = full(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
@@ -726,6 +729,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
+        on_any_rank(False)  # gloo can abort a rank whose peers have left
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}" if RANK == 0 else f"error on rank {RANK}: {error}") from None
     finally:

@@ -156,9 +156,10 @@ def test_a_signal_to_one_rank_saves_and_ends(work, teacher, corpus, alone):
 
 
 def test_torchrun_restarts_from_the_last_checkpoint(work, teacher, corpus, alone):
+    """A restarted rank can meet an address of before in torchrun's store, and then is restarted again."""
     out = work / "restarted"
     options = clone_options(teacher, corpus, out, *STEADY, "--micro_batch_size=1", "--save_every=2")
-    process = start(2, *options, "--max_steps=20", torchrun=("--max_restarts=1",))
+    process = start(2, *options, "--max_steps=20", torchrun=("--max_restarts=3",))
     when_logged(process, out, 6)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     output = process.communicate(timeout=120)[0]
