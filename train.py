@@ -141,7 +141,14 @@ def start_device() -> torch.device:
         torch.cuda.set_device(where)
     if WORLD_SIZE > 1:
         # gloo beside nccl: what is decided on the CPU (stop? failed?) need not wait for the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
+        backend, options = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", {}
+        one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+        if one_node and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's store still has the addresses from before a restart, which ranks would wait for
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+            store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+            options = {"store": store, "rank": RANK, "world_size": WORLD_SIZE}
+        dist.init_process_group(backend, **options)
     return where
 
 
