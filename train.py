@@ -97,6 +97,7 @@ import resource
 import shutil
 import signal
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -738,7 +739,10 @@ if __name__ == "__main__":
         main()
         on_any_rank(False)  # gloo can abort a rank whose peers have left
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}" if RANK == 0 else f"error on rank {RANK}: {error}") from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        message = f"error: {error}" if RANK == 0 else f"error on rank {RANK}: {error}"
+        if WORLD_SIZE > 1:
+            print(message, file=sys.stderr, flush=True)
+            os._exit(1)  # gloo can hang where a group is taken down after an error
+        raise SystemExit(message) from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
