@@ -567,9 +567,8 @@ class Llama(nn.Module):
 
     def forward(self) -> dict:
         """The weights to compute with: {"layers": [{name: weight}], "embedding", "head", "norm"}."""
-        kept = (
-            functools.partial(tree_map, torch.clone) if self.sharded else dict
-        )  # FSDP frees what it gathered
+        # FSDP frees what it gathered
+        kept = functools.partial(tree_map, torch.clone) if self.sharded else dict
         return {
             "layers": [layer(kept, self.dtype) for layer in self.layers],
             **kept({"embedding": self.embedding.to(self.dtype), "norm": self.norm.to(self.dtype)}),
@@ -585,19 +584,6 @@ class Llama(nn.Module):
         for i, layer in enumerate(weights["layers"]):
             x = self.run_block(x, layer, self.config, rope, mask, caches[i] if caches else None)
         return rms_norm(x, weights["norm"], self.config.rms_norm_eps)
-
-    @torch.no_grad()
-    def stream_covariance(self, ids: Tensor) -> Tensor:
-        """Second moments [D, D], float64, of the residual stream's directions x / |x|, averaged over tokens
-        and over what each layer reads and the head reads; their trace is 1."""
-        rope, total = rope_table(self.config, torch.arange(ids.shape[1], device=ids.device)), 0.0
-        for row in ids.split(1):
-            x = F.embedding(row, self.embedding).to(self.dtype)
-            for layer in [*self.layers, None]:
-                directions = F.normalize(x[0].float(), dim=-1)
-                total = total + (directions.T @ directions).double()
-                x = x if layer is None else plain_block(x, layer.weights(self.dtype), self.config, rope)
-        return total / total.trace()
 
     def logits(self, ids: Tensor, **kwargs) -> Tensor:
         """ids [B, T] -> logits [B, T, V], float32."""
@@ -633,10 +619,9 @@ class CloneConfig:
 
     share_qkv, share_gate_up: one projection for q, k, v (gate, up), whose clone losses become one loss on
     their input (paper, Table 7). clone_attn_out, clone_mlp_out: compare in the "student"'s space (paper) or
-    the "teacher"'s (attn_out in the authors' code). clone_scale: "teacher" divides each
-    token's square error by the mean square of the teacher's activation there, so that neither a layer nor a
-    few massive activations drown the rest. clone_skip: clone terms to leave
-    out, by name.
+    the "teacher"'s (attn_out in the authors' code). clone_scale: "teacher" divides each term by the mean
+    square of the teacher's activation (LowRankClone.calibrate), so that no layer drowns the others.
+    clone_skip: clone terms to leave out, by name.
     """
 
     student_hidden_size: int
@@ -698,29 +683,25 @@ class CloneLayer(nn.Module):
 class MeanSquaredError(torch.autograd.Function):
     """Mean of (student - teacher P)² in float32; P [d_T, d_S] or None, and then of (student - teacher)².
 
-    student [B, T, d_S], teacher [B, T, d_T] without gradient; relative: each token's over its teacher's mean
-    square. Keeps the difference and P's gradient, formed here, for backward, and nothing of the teacher.
+    student [B, T, d_S], teacher [B, T, d_T] without gradient. Keeps the difference and P's gradient, formed
+    here, for backward, and nothing of the teacher.
     """
 
     @staticmethod
-    def forward(ctx, student, teacher, projection, relative):
+    def forward(ctx, student, teacher, projection):
         difference = student - (teacher if projection is None else teacher @ projection)
-        square, scaled = difference.float().square(), difference
-        if relative:
-            scale = 1 / teacher.float().square().mean(-1, keepdim=True).clamp(min=1e-12)  # [B, T, 1]
-            square, scaled = square * scale, difference * scale.to(difference.dtype)
         ctx.projection_grad = None
         if ctx.needs_input_grad[2]:
-            ctx.projection_grad = teacher.flatten(0, 1).T @ scaled.flatten(0, 1)
-        ctx.save_for_backward(scaled)
-        return square.mean()
+            ctx.projection_grad = teacher.flatten(0, 1).T @ difference.flatten(0, 1)
+        ctx.save_for_backward(difference)
+        return difference.float().square().mean()
 
     @staticmethod
     def backward(ctx, grad):
-        (scaled,) = ctx.saved_tensors
-        scale = (grad * (2 / scaled.numel())).to(scaled.dtype)
+        (difference,) = ctx.saved_tensors
+        scale = (grad * (2 / difference.numel())).to(difference.dtype)
         projection_grad = None if ctx.projection_grad is None else ctx.projection_grad * -scale
-        return scaled * scale, None, projection_grad, None
+        return difference * scale, None, projection_grad
 
 
 def clone_block(teacher, student, x_t, x_s, teacher_config, student_config, rope, mask, clone, terms):
@@ -746,7 +727,7 @@ def clone_block(teacher, student, x_t, x_s, teacher_config, student_config, rope
         elif name in ("attn_out", "mlp_out"):
             name = "o" if name == "attn_out" else "down"
             source, projection = s[name], student[f"P_{name}"]
-        losses.append(MeanSquaredError.apply(source, t[name], projection, clone.clone_scale == "teacher"))
+        losses.append(MeanSquaredError.apply(source, t[name], projection))
     return x_t, x_s, losses
 
 
@@ -788,7 +769,7 @@ class LowRankClone(nn.Module):
             rms_norm_eps=self.clone.student_rms_norm_eps,
             tie_word_embeddings=teacher.config.tie_word_embeddings and self.clone.tie_head_projection,
         )
-        self.sharded = False
+        self.sharded, self.term_scale = False, 1.0
         self.layers = nn.ModuleList(CloneLayer(d_t, self.clone) for _ in teacher.layers)
         self.norm = nn.Parameter(torch.empty(d_s))
         self.embedding_projection = nn.Parameter(torch.empty(d_t, d_s))
@@ -798,14 +779,40 @@ class LowRankClone(nn.Module):
         """{name: parameter} of everything that trains; what a checkpoint holds."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("teacher.")}
 
+    @torch.no_grad()
+    def calibrate(self, ids: Tensor) -> Tensor:
+        """Runs the teacher on ids [B, T] for what is to be known of it before training.
+
+        Sets term_scale [layers, terms], by which clone_scale="teacher" multiplies the clone losses: one over
+        the mean square of the activation, the same for every batch and any number of devices. Returns the
+        second moments [d_T, d_T], float64, of the residual stream's directions x / |x|, averaged over tokens
+        and over what each layer and the head read; their trace is 1.
+        """
+        teacher, sources = self.teacher, {"attn_out": "o", "mlp_out": "down"}
+        names = [sources.get(name, name) for name in self.clone.terms()]
+        rope = rope_table(teacher.config, torch.arange(ids.shape[1], device=ids.device))
+        squares = torch.zeros((len(teacher.layers), len(names)), device=ids.device)
+        covariance = 0.0
+        for row in ids.split(1):
+            x = F.embedding(row, teacher.embedding).to(teacher.dtype)
+            for i, layer in enumerate([*teacher.layers, None]):
+                directions = F.normalize(x[0].float(), dim=-1)
+                covariance = covariance + (directions.T @ directions).double()
+                if layer is not None:
+                    x, a = block(x, layer.weights(teacher.dtype), teacher.config, rope)
+                    squares[i] += torch.stack([a[name].float().square().mean() for name in names])
+        if self.clone.clone_scale == "teacher":
+            self.term_scale = len(ids) / squares
+        return covariance / covariance.trace()
+
     def init_weights(
-        self, seed: int, init: str = "random", calibration: Tensor | None = None
+        self, seed: int, init: str = "random", covariance: Tensor | None = None
     ) -> "LowRankClone":
-        """Projections and norms by `init`; the same for the same seed and calibration ids [B, T].
+        """Projections and norms by `init`; the same for the same seed and covariance, calibrate()'s result.
 
         "random": N(0, 0.02) and ones, as the authors' code. "orthogonal": orthonormal columns and ones.
         "channel" (after arXiv 2605.29327) and "pca": the student's stream is the teacher's in one basis U
-        [d_T, d_S], the channels or principal directions with most of its energy on the calibration batch.
+        [d_T, d_S], the channels or principal directions with most of its energy.
         """
         generator, weights = torch.Generator().manual_seed(seed), self.trained()
         for name, weight in weights.items():
@@ -818,8 +825,7 @@ class LowRankClone(nn.Module):
                 weight.data.copy_(torch.empty(weight.shape).normal_(0.0, 0.02, generator=generator))
         if init not in ("channel", "pca"):
             return self
-        d_s, covariance = self.config.hidden_size, self.teacher.stream_covariance(calibration)
-        final = self.teacher.norm.double()
+        d_s, final = self.config.hidden_size, self.teacher.norm.double()
         balance = torch.ones_like(final)
         if init == "channel":
             chosen = covariance.diagonal().topk(d_s).indices.sort().values
@@ -910,7 +916,7 @@ class LowRankClone(nn.Module):
             num_labels,
             share,
         )
-        result["terms"] = torch.stack(rows) * share
+        result["terms"] = torch.stack(rows) * share * (self.term_scale if names else 1.0)
         result["clone"] = result["terms"].sum()
         result["loss"] = result["loss"] + clone.clone_weight * result["clone"]
         return result

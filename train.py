@@ -42,7 +42,7 @@ clone_skip_layers: tuple = ()  # layers without clone losses, by index
 data: str | dict | None = "data/quickstart/corpus"  # shard directory, or {directory: token budget or None}
 seq_len = 256  # tokens in a block
 global_batch_size = 16  # blocks a step, over all devices and micro-batches
-micro_batch_size = 16  # blocks of one forward pass; global_batch_size / micro_batch_size are accumulated
+micro_batch_size = 16  # blocks of one forward pass on each device; the rest of a step is accumulated
 mask_documents = False  # attention and positions restart where a document ends
 sft = False  # fine-tune a plain LM on prepare.py's SFT rows: loss on the assistant's tokens only
 seed = 1  # of the initial weights and the order of the data
@@ -57,9 +57,7 @@ beta1 = 0.9  # AdamW
 beta2 = 0.999  # AdamW
 weight_decay = 0.0  # on matrices, not on norms
 max_grad_norm = 1.0  # gradients are scaled down to this norm; 0 does not
-max_bad_steps = (
-    10  # steps in a row with a loss or gradient that is not finite (none is taken) that end the run
-)
+max_bad_steps = 10  # steps in a row, with a loss or gradient that is not finite, that end the run
 # run
 out_dir = "out/quickstart"  # checkpoints and metrics.jsonl; must be new, or resumed
 resume = False  # go on from the last checkpoint in out_dir, if there is one
@@ -68,7 +66,7 @@ keep_last = 2  # checkpoints to keep
 log_every = 10  # steps between lines of metrics.jsonl
 eval_every = 500  # steps between evaluations on held-out blocks, besides the one at the end; 0: none at all
 eval_blocks = 128  # held-out blocks of an evaluation
-eval_only = False  # evaluate the model of init_from (the teacher too, where there is one) and end
+eval_only = False  # evaluate the model of init_from, and the teacher where there is one, and end
 sample_prompt = "def read("  # the student and the teacher continue it at the end of the run; "" does not
 wandb = False  # log to Weights & Biases too, where installed; what goes wrong there never stops the run
 wandb_project = "low-rank-clone"  # there
@@ -142,14 +140,14 @@ def start_device() -> torch.device:
         torch.cuda.set_device(where)
     if WORLD_SIZE > 1:
         # gloo beside nccl: what is decided on the CPU (stop? failed?) need not wait for the GPU
-        backend, options = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", {}
+        backend, rendezvous = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", {}
         one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
         if one_node and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun's store still has the addresses from before a restart, which ranks would wait for
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
             store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-            options = {"store": store, "rank": RANK, "world_size": WORLD_SIZE}
-        dist.init_process_group(backend, **options)
+            rendezvous = {"store": store, "rank": RANK, "world_size": WORLD_SIZE}
+        dist.init_process_group(backend, **rendezvous)
     return where
 
 
@@ -556,6 +554,11 @@ def start_wandb():
 
 def main() -> None:
     # ---- what is there, and does it fit: whatever can be refused is refused here
+    for name in ("seq_len", "global_batch_size", "micro_batch_size", "log_every", "eval_blocks", "replicas"):
+        if globals()[name] < 1:
+            raise ValueError(f"{name} is {globals()[name]}; it must be at least 1")
+    if eval_only and init_from is None:
+        raise ValueError("eval_only evaluates the model of init_from, which is None: name its directory")
     where = start_device()
     compute_dtype = getattr(torch, dtype or ("bfloat16" if where.type == "cuda" else "float32"))
     accumulation, rest = divmod(global_batch_size, micro_batch_size * WORLD_SIZE)
@@ -592,13 +595,17 @@ def main() -> None:
     train_data, heldout = open_data(model.config.vocab_size, tokenizer_dir)
     steps = max_steps or max(1, round(epochs * train_data.total / global_batch_size))
 
+    covariance = None
+    if clone and (clone_scale == "teacher" or init in ("channel", "pca")):
+        few = max(1, 2**14 // seq_len)  # the same on any number of processes, and when resumed
+        covariance = model.calibrate(to_device(train_data.batch(0, few)[:, :-1], where))
     if last or init_from:
         load_weights(last or models.resolve(init_from), model)
     elif clone:
-        few = max(1, 2**14 // seq_len)  # the same on any number of processes
-        model.init_weights(seed, init, to_device(train_data.batch(0, few)[:, :-1], where))
+        model.init_weights(seed, init, covariance)
     else:
         model.init_weights(seed)
+    del covariance
     if eval_only:
         return report_evaluation(model, heldout, where)
     teacher_print = models.fingerprint(model.teacher) if clone else None
@@ -650,6 +657,7 @@ def main() -> None:
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
 
     # ---- the loop
+    done, stopping = start, False
     bar = tqdm(total=steps, initial=start, desc="training", unit="step", **BAR)
     rates, seconds = [], []  # with benchmark: of torch.mm between the steps, and of each step
     sums, logged, since, values = {}, start, time.perf_counter(), {}
@@ -718,8 +726,10 @@ def main() -> None:
     bar.close()
 
     # ---- what came of it
-    if stop or start >= steps or (stopping and done < steps):
-        say(f"stopped after step {max(start, done)} of {steps}; go on with --resume=True")
+    if start >= steps:
+        say(f"nothing to do: {last} is at step {start} of {steps}")
+    elif stopping and done < steps:
+        say(f"stopped after step {done} of {steps}; go on with --resume=True")
     elif RANK == 0:
         if benchmark:
             report_benchmark(model, seconds, rates, where)

@@ -17,7 +17,7 @@ teacher = {
     "max_position_embeddings": 2048,
 }
 student_hidden_size = 128
-init = "random"
+init, clone_scale = "random", "none"  # which need no calibration
 data = None  # random tokens
 seq_len = 256
 global_batch_size = 8

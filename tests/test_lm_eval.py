@@ -20,7 +20,8 @@ def test_lm_eval_agrees_with_model(tmp_path):
     rows = [
         json.loads(line) for line in (ROOT / "tests/lm_eval_task/questions.jsonl").read_text().splitlines()
     ]
-    clone.init_weights(0, "pca", torch.randint(4096, (4, 128), generator=torch.Generator().manual_seed(0)))
+    ids = torch.randint(4096, (4, 128), generator=torch.Generator().manual_seed(0))
+    clone.init_weights(0, "pca", clone.calibrate(ids))
     models.save_clone(clone, tmp_path / "clone", str(BUNDLED), str(BUNDLED))
     for command in (
         ["convert.py", f"--checkpoint={tmp_path}/clone", f"--out={tmp_path}/student"],
