@@ -299,8 +299,8 @@ class GatedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             weight_grad = grad.flatten(0, -2).T @ (silu * up).flatten(0, -2)
         grad = grad @ weight
-        # silu' = sigmoid + silu · (1 - sigmoid)
-        gate_grad = sigmoid.addcmul_(silu, 1 - sigmoid).mul_(up).mul_(grad)
+        # silu' = sigmoid - silu · sigmoid + silu, in place: fresh memory costs more than arithmetic
+        gate_grad = sigmoid.addcmul_(silu, sigmoid, value=-1).add_(silu).mul_(up).mul_(grad)
         return gate_grad, silu.mul_(grad), weight_grad
 
 
@@ -377,7 +377,12 @@ class ChunkedLoss(torch.autograd.Function):
         buffers = logit_buffers(2 if teacher_hidden is None else 4, chunk, vocab_size, wide, hidden.device)
 
         def logits(x, weight, out):  # [chunk, V]
-            return torch.mm(x, weight.T, out=out) if x.dtype == wide else out.copy_(x @ weight.T)
+            if x.dtype != wide:
+                return out.copy_(x @ weight.T)
+            # a CPU is up to a quarter faster at blocks of the vocabulary
+            block = 2048 if x.device.type == "cpu" else vocab_size
+            for rows_of_weight, columns in zip(weight.split(block), out.split(block, dim=1), strict=True):
+                torch.mm(x, rows_of_weight.T, out=columns)
 
         def log_sum_exp(z, p):
             # From the likeliest token, p = exp(z - log_sum_exp), without another pass over z. In float64,
@@ -694,14 +699,15 @@ class MeanSquaredError(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             ctx.projection_grad = teacher.flatten(0, 1).T @ difference.flatten(0, 1)
         ctx.save_for_backward(difference)
-        return difference.float().square().mean()
+        wide = torch.promote_types(difference.dtype, torch.float32)
+        return torch.linalg.vector_norm(difference, dtype=wide).square() / difference.numel()
 
     @staticmethod
     def backward(ctx, grad):
         (difference,) = ctx.saved_tensors
         scale = (grad * (2 / difference.numel())).to(difference.dtype)
         projection_grad = None if ctx.projection_grad is None else ctx.projection_grad * -scale
-        return difference * scale, None, projection_grad
+        return difference.mul_(scale), None, projection_grad  # in place: a second backward is refused
 
 
 def clone_block(teacher, student, x_t, x_s, teacher_config, student_config, rope, mask, clone, terms):

@@ -798,6 +798,8 @@ class Mixture:
         ]
         self.starts = [0, *accumulate(self.shares)]  # of each source among an epoch's samples, unshuffled
         self.total = self.starts[-1]
+        tokens = (s.tokens_per_block * share for s, share in zip(self.sources, self.shares, strict=True))
+        self.tokens_per_block = sum(tokens) / self.total
 
     def place(self, i: int) -> tuple[int, int]:
         """(index of its source, block in the source) of sample i."""

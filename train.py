@@ -626,7 +626,8 @@ def main() -> None:
         load_optimizer(last, model, optimizer, state["optimizer_steps"])
 
     # ---- what was derived
-    tokens_per_step, role = global_batch_size * seq_len, "student" if clone else "model"
+    tokens_per_step = global_batch_size * (train_data.tokens_per_block if sft else seq_len)  # sft: on average
+    tokens_per_step, role = round(tokens_per_step), "student" if clone else "model"
     threads, version = torch.get_num_threads(), torch.__version__
     say(f"{where.type} x {WORLD_SIZE} ({threads} threads), torch {version}, {compute_dtype}")
     if clone:
@@ -741,7 +742,10 @@ def main() -> None:
         if save_every:
             print(f"sample it:           python sample.py --model={out_dir}")
             print(f"export it:           python convert.py --checkpoint={out_dir} --out=student")
-            print("clone a real model:  python train.py config/smollm2_135m.py  (it says what to download)")
+            if teacher == "data/quickstart/teacher":
+                print(
+                    "clone a real model:  python train.py config/smollm2_135m.py  (it says what to download)"
+                )
 
 
 if __name__ == "__main__":
