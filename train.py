@@ -63,6 +63,7 @@ out_dir = "out/quickstart"  # checkpoints and metrics.jsonl; must be new, or res
 resume = False  # go on from the last checkpoint in out_dir, if there is one
 save_every = 1000  # steps between checkpoints, besides the one at the end; 0: none at all
 keep_last = 2  # checkpoints to keep
+async_save = False  # write checkpoints while training goes on, from a copy of them in CPU memory
 log_every = 10  # steps between lines of metrics.jsonl
 eval_every = 500  # steps between evaluations on held-out blocks, besides the one at the end; 0: none at all
 eval_blocks = 128  # held-out blocks of an evaluation
@@ -97,6 +98,7 @@ import signal
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -165,14 +167,14 @@ def peak_memory_gib(where: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def over_ranks(values: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
+def over_ranks(values: torch.Tensor, operation=dist.ReduceOp.SUM, group=None) -> torch.Tensor:
     if WORLD_SIZE > 1:
-        dist.all_reduce(values, operation)
+        dist.all_reduce(values, operation, group)
     return values
 
 
-def on_any_rank(flag: bool) -> bool:
-    return bool(over_ranks(torch.tensor(int(flag)), dist.ReduceOp.MAX).item())
+def on_any_rank(flag: bool, group=None) -> bool:
+    return bool(over_ranks(torch.tensor(int(flag)), dist.ReduceOp.MAX, group).item())
 
 
 def distribute(model, where: torch.device, compute_dtype: torch.dtype):
@@ -431,13 +433,26 @@ def adam_state(model, optimizer) -> dict[str, torch.Tensor]:
     return state
 
 
+def prepare_save(model, optimizer, step: int) -> tuple:
+    """What save_checkpoint takes: trained tensors, AdamW's moments, state.json, DCP's writer of the moments;
+    the tensors are copies in CPU memory with async_save."""
+    path = Path(out_dir) / f"step_{step:08d}.partial"
+    tensors = {name: full(p.detach()).float() for name, p in model.named_parameters() if p.requires_grad}
+    moments = adam_state(model, optimizer)
+    taken = next((int(values["step"]) for values in optimizer.state.values()), 0)
+    writer = HuggingFaceStorageWriter(str(path / "trainer"), save_distributed=True)
+    if async_save:
+        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()} if RANK == 0 else {}
+        moments = writer.stage(moments)
+    return tensors, moments, {"step": step, "optimizer_steps": taken, "options": options}, writer
+
+
 def save_checkpoint(
-    model, optimizer, step: int, tokenizer_dir: str | None, teacher_print: str | None
+    model, tensors, moments, state, writer, tokenizer_dir: str | None, teacher_print: str | None, group=None
 ) -> Path:
     """out_dir/step_00001000, renamed from another name when whole; OSError on every rank where one fails."""
-    path = Path(out_dir) / f"step_{step:08d}"
+    path = Path(out_dir) / f"step_{state['step']:08d}"
     partial, error = path.with_name(path.name + ".partial"), None
-    tensors = {name: full(p.detach()).float() for name, p in model.named_parameters() if p.requires_grad}
     try:
         if RANK == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -446,18 +461,15 @@ def save_checkpoint(
                 models.save_clone(model, partial, teacher, tokenizer_dir, tensors, teacher_print)
             else:
                 models.save_model(model, partial, torch.float32, tokenizer_dir, state=tensors)
-            taken = next((int(values["step"]) for values in optimizer.state.values()), 0)
-            state = {"step": step, "optimizer_steps": taken, "options": options}
             (partial / "trainer" / "state.json").write_text(json.dumps(state, indent=2))
     except (OSError, SafetensorError) as failure:
         error = failure
-    if not on_any_rank(error is not None):
-        writer = HuggingFaceStorageWriter(str(partial / "trainer"), save_distributed=True)
+    if not on_any_rank(error is not None, group):
         try:
-            save_distributed(adam_state(model, optimizer), storage_writer=writer, no_dist=WORLD_SIZE == 1)
+            save_distributed(moments, storage_writer=writer, process_group=group, no_dist=WORLD_SIZE == 1)
         except (OSError, SafetensorError, CheckpointException) as failure:
             error = failure
-    if on_any_rank(error is not None):
+    if on_any_rank(error is not None, group):
         if RANK == 0:
             shutil.rmtree(partial, ignore_errors=True)
         cause = str(error or "on another rank").strip().splitlines()[-1]
@@ -467,7 +479,7 @@ def save_checkpoint(
         partial.rename(path)
         for old in models.checkpoints(out_dir)[: -max(1, keep_last)]:
             shutil.rmtree(old)
-    on_any_rank(False)  # no rank goes on, or ends, before the name is there
+    on_any_rank(False, group)  # no rank goes on, or ends, before the name is there
     return path
 
 
@@ -657,6 +669,10 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
 
+    # with async_save a thread writes, whose collectives must not mix with the loop's
+    save_group = dist.new_group(backend="gloo") if async_save and WORLD_SIZE > 1 else None
+    thread, writing = ThreadPoolExecutor(1), None
+
     # ---- the loop
     done, stopping = start, False
     bar = tqdm(total=steps, initial=start, desc="training", unit="step", **BAR)
@@ -720,7 +736,14 @@ def main() -> None:
             say(f"step {done}, held out: {shown(values)}", bar)
             since = time.perf_counter()
         if save_every and (done % save_every == 0 or last_step):
-            saved = save_checkpoint(model, optimizer, done, tokenizer_dir, teacher_print)
+            if writing:
+                writing.result()  # OSError, on every rank, where the one before could not be written
+            parts = (model, *prepare_save(model, optimizer, done), tokenizer_dir, teacher_print, save_group)
+            if async_save and not last_step:
+                writing = thread.submit(save_checkpoint, *parts)
+            else:
+                saved = save_checkpoint(*parts)
+            del parts
             since = time.perf_counter()
         if stopping:
             break

@@ -9,6 +9,7 @@ Not a part of the test run. Every resume must succeed and the final tensors be t
 kills = 50  # SIGKILLs
 processes = 1  # of the run; more than one under torchrun
 max_steps = 2500  # of the run; a checkpoint every 3 of them, so that many kills fall into a save
+async_save = False  # train.py's
 seed = 0  # of the moments
 
 if __name__ == "__main__":
@@ -45,7 +46,7 @@ def start(out_dir: Path) -> subprocess.Popen:
     options = (
         "--student_hidden_size=24", "--seq_len=32", "--global_batch_size=2", "--micro_batch_size=1",
         "--save_every=3", "--eval_every=0", "--sample_prompt=", "--resume=True", f"--max_steps={max_steps}",
-        f"--out_dir={out_dir}",
+        f"--out_dir={out_dir}", f"--async_save={async_save}",
     )  # fmt: skip
     with open(out_dir.with_suffix(".log"), "w") as log:
         return subprocess.Popen(

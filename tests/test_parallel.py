@@ -111,7 +111,9 @@ def alone(work, teacher, corpus):
     [
         ("ddp", 2, ("--micro_batch_size=1",)),  # two micro-batches on each, three blocks to evaluate
         ("fsdp", 2, ("--micro_batch_size=1", "--parallel=fsdp", "--activation_checkpointing=True")),
-        ("fsdp_at_once", 2, ("--parallel=fsdp",)),
+        ("fsdp_at_once", 2, ("--parallel=fsdp", "--async_save=True")),
+        ("fsdp_4", 4, ("--micro_batch_size=1", "--parallel=fsdp")),
+        ("hsdp", 4, ("--micro_batch_size=1", "--parallel=fsdp", "--replicas=2")),
     ],
 )
 def test_any_number_of_processes_trains_the_same(name, processes, options, work, teacher, corpus, alone):
@@ -124,6 +126,21 @@ def test_any_number_of_processes_trains_the_same(name, processes, options, work,
     assert output.count("options that differ") == 1  # one process speaks
     clone = models.load_clone(models.checkpoints(out)[-1])  # whole, without a process group
     assert clone.logits(torch.ones((1, 4), dtype=torch.long)).isfinite().all()
+
+
+def test_an_asynchronous_save_writes_the_same(work, teacher, corpus, alone):
+    train(1, *clone_options(teacher, corpus, work / "async", *STEADY, "--eval_every=20", "--async_save=True"))
+    for checkpoint in models.checkpoints(alone):
+        for file in checkpoint.rglob("*.safetensors"):
+            written, expected = load_file(work / "async" / file.relative_to(alone)), load_file(file)
+            assert written.keys() == expected.keys()
+            assert all(torch.equal(written[name], expected[name]) for name in expected), file
+    # the shards of one written by two processes while they trained
+    out = work / "fsdp_at_once"
+    shutil.rmtree(models.checkpoints(out)[-1])
+    output = train(1, *clone_options(teacher, corpus, out, *STEADY, "--resume=True"))
+    assert "resumed from" in output and "step_00000010" in output
+    assert_same_run(out, alone)
 
 
 def test_plain_models_shard(work, teacher, corpus):
