@@ -1,4 +1,4 @@
-"""Base of the longer study, in place of base.py: SmolLM2-135M to half its width, 102,400 tokens.
+"""Base of the longer study, in place of base.py: SmolLM2-135M to half its width, 51,200 tokens.
 
 hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir models/SmolLM2-135M-Instruct
 python prepare.py --tokenizer=models/SmolLM2-135M-Instruct --out=data/stdlib_smollm2
@@ -11,12 +11,12 @@ data = "data/stdlib_smollm2"
 seq_len = 512
 global_batch_size = 2
 micro_batch_size = 2
-max_steps = 100
+max_steps = 50
 learning_rate = 1e-3
 warmup_ratio = 0.05
 clone_weight = 0.05  # the terms of 30 layers add up
-eval_every = 10
-eval_blocks = 16
+eval_every = 5
+eval_blocks = 8
 save_every = 0
 sample_prompt = ""
 out_dir = "out/study_smollm2"

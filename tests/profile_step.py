@@ -1,0 +1,99 @@
+"""Where the time of a training step goes on this CPU: by kind of operation, and what is slowest.
+
+    python tests/profile_step.py config/bench_smollm2.py
+    python tests/profile_step.py config/bench_tiny.py
+
+Not a part of the test run. Times every operator of one step, forward and backward, after three to warm up;
+torch.mm's rate is measured right before and after it. What no operator takes is Python's and autograd's.
+"""
+
+import os
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.chdir(ROOT)
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
+from configurator import configure
+
+PRODUCTS = ("mm", "addmm_")
+
+
+def kind_of(name: str) -> str:
+    if name in PRODUCTS:
+        return "matrix products"
+    return "attention" if "attention" in name else "softmax" if "softmax" in name else "everything else"
+
+
+class Timer(TorchDispatchMode):
+    """Calls and seconds of each (operator, shapes of its tensors)."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = defaultdict(lambda: [0, 0.0])
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        start = time.perf_counter()
+        result = function(*arguments, **(options or {}))
+        name = function._schema.name.removeprefix("aten::")
+        entry = self.found[name, tuple(tuple(a.shape) for a in arguments if isinstance(a, torch.Tensor))]
+        entry[0] += 1
+        entry[1] += time.perf_counter() - start
+        return result
+
+
+def products(shapes: list[tuple]) -> float:
+    """Floating-point operations of a product of the last two of its shapes."""
+    (rows, inner), (_, columns) = shapes[-2:]
+    return 2 * rows * inner * columns
+
+
+def main() -> None:
+    vars(train).update(configure({"__file__": str(ROOT / "train.py")}))
+    device, blocks = torch.device("cpu"), train.RandomTokens(train.teacher["vocab_size"], train.seq_len)
+    model = train.build_model(torch.float32).init_weights(train.seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, train.learning_rate, fused=True)
+    count = train.global_batch_size
+
+    def step() -> None:
+        loss, _ = train.forward(model, model(), blocks, 0, count, count, count * train.seq_len, device)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for _ in range(3):
+        step()
+    rates, timer, start = [train.matmul_rate(device, torch.float32)], Timer(), time.perf_counter()
+    with timer:
+        step()
+    total = time.perf_counter() - start
+    rate = (rates[0] + train.matmul_rate(device, torch.float32)) / 2
+    kinds = defaultdict(float)
+    for (name, _), (_, seconds) in timer.found.items():
+        kinds[kind_of(name)] += seconds
+    kinds["no operator"] = total - sum(kinds.values())
+    print(f"step {total:.3f} s; torch.mm {rate:.0f} GFLOP/s")
+    for name, seconds in sorted(kinds.items(), key=lambda item: -item[1]):
+        print(f"  {name:16} {seconds:6.3f} s  {100 * seconds / total:5.1f}%")
+    counted = [(shapes, *entry) for (name, shapes), entry in timer.found.items() if name in PRODUCTS]
+    done = sum(products(shapes) * calls for shapes, calls, _ in counted) / 1e9
+    fraction = done / kinds["matrix products"] / rate
+    print(f"  the products are {done:.0f} GFLOP, done at {100 * fraction:.0f}% of torch.mm's rate")
+    for (name, shapes), (calls, seconds) in sorted(timer.found.items(), key=lambda i: -i[1][1])[:16]:
+        speed = f"  {products(shapes) * calls / seconds / 1e9:4.0f} GFLOP/s" if name in PRODUCTS else ""
+        print(
+            f"  {100 * seconds / total:5.1f}%  {calls:4} x {name[:40]} {list(map(list, shapes[-2:]))}{speed}"
+        )
+
+
+if __name__ == "__main__":
+    main()
