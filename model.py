@@ -122,13 +122,8 @@ class ModelConfig:
             refuse("rope_scaling type", kind, "default | linear | llama3")
         if (hf.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0) != 1.0:
             refuse("partial_rotary_factor", hf.get("partial_rotary_factor"), "1.0")
-        for field in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        ):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for field in sizes:
             if not isinstance(hf.get(field), int) or hf[field] < 1:
                 refuse(field, hf.get(field), "a positive integer")
         heads, biased = hf["num_attention_heads"], bool(hf.get("attention_bias", False))
@@ -144,8 +139,7 @@ class ModelConfig:
                 refuse(f"rope_scaling {field}", None, "a number there")
         return cls(
             model_type=family,
-            **{f: hf[f] for f in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
-            num_attention_heads=heads,
+            **{field: hf[field] for field in sizes},
             num_key_value_heads=groups,
             head_dim=head_dim,
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
@@ -344,9 +338,7 @@ def plain_block(x, w, config, rope, mask=None, cache=None) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def logit_buffers(
-    count: int, chunk: int, vocab_size: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def logit_buffers(count: int, chunk: int, vocab_size: int, dtype, device) -> Tensor:
     """The loss head's buffers [count, chunk, V], kept for the next step: fresh memory is slow."""
     return torch.empty((count, chunk, vocab_size), dtype=dtype, device=device)
 
@@ -904,24 +896,14 @@ class LowRankClone(nn.Module):
         rows = []
         for i, (layer, weights) in enumerate(zip(teacher.layers, student["layers"], strict=True)):
             wanted = [] if i in clone.clone_skip_layers else names
-            x_t, x_s, losses = layer(
-                self.run_block, teacher.dtype, weights, x_t, x_s, teacher.config, self.config, rope, mask,
-                clone, wanted,
-            )  # fmt: skip
+            arguments = (weights, x_t, x_s, teacher.config, self.config, rope, mask, clone, wanted)
+            x_t, x_s, losses = layer(self.run_block, teacher.dtype, *arguments)
             rows.append(torch.stack(losses) if losses else terms[i])
         x_t = rms_norm(x_t, teacher.norm, teacher.config.rms_norm_eps)
         x_s = rms_norm(x_s, student["norm"], self.config.rms_norm_eps)
-        result = head_loss(
-            x_s,
-            student["head"],
-            labels,
-            (x_t, teacher.head_weight()),
-            clone.lm_weight,
-            clone.kl_weight,
-            clone.kl_temperature if temperature is None else temperature,
-            num_labels,
-            share,
-        )
+        temperature = clone.kl_temperature if temperature is None else temperature
+        scales = (clone.lm_weight, clone.kl_weight, temperature, num_labels, share)
+        result = head_loss(x_s, student["head"], labels, (x_t, teacher.head_weight()), *scales)
         result["terms"] = torch.stack(rows) * share * (self.term_scale if names else 1.0)
         result["clone"] = result["terms"].sum()
         result["loss"] = result["loss"] + clone.clone_weight * result["clone"]
@@ -941,19 +923,8 @@ class LowRankClone(nn.Module):
         x_t = F.embedding(ids, teacher.embedding).to(teacher.dtype)
         x_s, ranks = x_t @ weights["embedding_projection"], {"rank_student": [], "rank_teacher": []}
         for i, (layer, own) in enumerate(zip(teacher.layers, weights["layers"], strict=True)):
-            x_t, x_s, _ = layer(
-                clone_block,
-                teacher.dtype,
-                own,
-                x_t,
-                x_s,
-                teacher.config,
-                self.config,
-                rope,
-                None,
-                self.clone,
-                [],
-            )
+            arguments = (own, x_t, x_s, teacher.config, self.config, rope, None, self.clone, [])
+            x_t, x_s, _ = layer(clone_block, teacher.dtype, *arguments)
             if i in {0, last // 3, 2 * last // 3, last}:
                 for name, x in (("rank_student", x_s), ("rank_teacher", x_t)):
                     ranks[name].append(effective_rank(x))
@@ -1013,9 +984,8 @@ def flops(model: Llama | LowRankClone, tokens: int, seq_len: int) -> dict[str, f
         if space == "student":
             losses += 2 * 2 * d_t * d_s  # the teacher's output times P, and P's gradient
         elif space == "teacher":
-            losses += (
-                2 * 2 * math.prod(shapes["o" if name == "attn_out" else "down"])
-            )  # and the input's gradient
+            # and the input's gradient
+            losses += 2 * 2 * math.prod(shapes["o" if name == "attn_out" else "down"])
         elif name in ("attn_in", "mlp_in"):
             losses += 3 * 2 * d_t * d_s
     return {
@@ -1055,9 +1025,8 @@ def weight_files(path: Path) -> list[Path]:
     files = [path / name for name in sorted(names)]
     for file in files:
         if not file.is_file():
-            raise ValueError(
-                f"{file} does not exist" + (f", but {index.name} names it" if len(names) > 1 else "")
-            )
+            why = f", but {index.name} names it" if len(names) > 1 else ""
+            raise ValueError(f"{file} does not exist{why}")
     return files
 
 
@@ -1083,9 +1052,7 @@ def read_tensors(
     """
     found = tensor_slices(files)
     problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [
-        f"unexpected {n}" for n in found if n not in expected and not any(n.endswith(i) for i in ignored)
-    ]
+    problems += [f"unexpected {n}" for n in found if n not in expected and not n.endswith(tuple(ignored))]
     for name, shape in expected.items():
         if name in found and found[name][1] != tuple(shape):
             problems.append(f"{name} is {list(found[name][1])}, config.json says {list(shape)}")
@@ -1100,28 +1067,19 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
     path, config = Path(path), read_config(path)
     names = config.weight_names()
     ignored = ("rotary_emb.inv_freq",) + (("lm_head.weight",) if config.tie_word_embeddings else ())
-    tensors = read_tensors(
-        weight_files(path), {name: shape for name, (_, shape) in names.items()}, ignored, dtype
-    )
+    expected = {name: shape for name, (_, shape) in names.items()}
+    tensors = read_tensors(weight_files(path), expected, ignored, dtype)
     with torch.device("meta"):
         model = Llama(config, dtype)
-    model.load_state_dict(
-        {names[name][0]: tensor for name, tensor in tensors.items()}, strict=True, assign=True
-    )
+    state = {names[name][0]: tensor for name, tensor in tensors.items()}
+    model.load_state_dict(state, strict=True, assign=True)
     return model
 
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 
 def save_model(
@@ -1201,16 +1159,13 @@ def clone_directories(path: Path, teacher: str | None = None) -> tuple[str, str]
     if teacher is None:
         teacher = next((t for t in (config["teacher"], config["teacher_absolute"]) if Path(t).is_dir()), None)
         if teacher is None:
-            raise ValueError(
-                f"{path}: its teacher {config['teacher']} is not there; say where with --teacher=DIR"
-            )
+            was = config["teacher"]
+            raise ValueError(f"{path}: its teacher {was} is not there; say where with --teacher=DIR")
     of_its_own = config["tokenizer"] != config["teacher"] and Path(config["tokenizer"]).is_dir()
     return teacher, config["tokenizer"] if of_its_own else teacher
 
 
-def load_clone(
-    path: str | Path, dtype: torch.dtype = torch.float32, teacher: str | None = None
-) -> LowRankClone:
+def load_clone(path: str | Path, dtype=torch.float32, teacher: str | None = None) -> LowRankClone:
     """A clone from its checkpoint; teacher: where its directory is now. Refuses another teacher."""
     path = Path(path)
     config, (teacher, _) = read_json(path / "config.json"), clone_directories(path, teacher)
@@ -1222,9 +1177,8 @@ def load_clone(
         clone = LowRankClone(model, **options)
     expected = {name: tuple(p.shape) for name, p in clone.trained().items()}
     tensors = read_tensors([path / "model.safetensors"], expected, dtype=torch.float32)
-    clone.load_state_dict(
-        {**tensors, **{f"teacher.{n}": p for n, p in model.state_dict().items()}}, assign=True
-    )
+    frozen = {f"teacher.{name}": weight for name, weight in model.state_dict().items()}
+    clone.load_state_dict(tensors | frozen, assign=True)
     return clone
 
 
@@ -1251,9 +1205,7 @@ def resolve(path: str | Path) -> Path:
     """A Hugging Face directory or a checkpoint as it is; of an out_dir, its latest checkpoint."""
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(
-            f"{path} is not a directory; give a Hugging Face directory, a checkpoint or an out_dir"
-        )
+        raise ValueError(f"{path} is no directory; give a Hugging Face directory, a checkpoint or an out_dir")
     if (path / "config.json").is_file():
         return path
     found = checkpoints(path)

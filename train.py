@@ -240,7 +240,7 @@ def build_model(compute_dtype: torch.dtype):
     shape = model_config or init_from
     if shape is None:
         raise ValueError(
-            "teacher is None, so a plain LM is trained: give its shape as model_config, or init_from"
+            "teacher is None, so a plain LM is trained: give model_config, its shape, or init_from"
         )
     if isinstance(shape, dict):
         config = models.ModelConfig.from_hf(shape, "model_config")
@@ -263,13 +263,9 @@ def open_data(vocab_size: int, tokenizer_dir: str | None):
     for shards in train_data.sources:
         size, name = shards.meta["vocab_size"], shards.meta["tokenizer"]
         if size > vocab_size:
-            raise ValueError(
-                f"{shards.path} has {size} token ids (tokenizer {name}); the model has {vocab_size}"
-            )
+            raise ValueError(f"{shards.path} has {size} token ids (of {name}); the model has {vocab_size}")
         if known and shards.meta["vocabulary_hash"] != known:
-            raise ValueError(
-                f"{shards.path} was tokenized by {name}, whose vocabulary is not {tokenizer_dir}'s"
-            )
+            raise ValueError(f"{shards.path} is by {name}, whose vocabulary is not {tokenizer_dir}'s")
     evaluated = eval_every or eval_only
     return train_data, Mixture(dict.fromkeys(sources), "heldout", seq_len, 0, sft) if evaluated else None
 
@@ -512,9 +508,7 @@ def check_resumed(path: Path) -> dict:
     for name in TRAJECTORY:
         saved, now = state["options"].get(name), json.loads(json.dumps(options[name]))
         if saved != now:
-            raise ValueError(
-                f"{path} was trained with {name} = {saved!r}, not {now!r}; a resumed run must keep it"
-            )
+            raise ValueError(f"{path} has {name} = {saved!r}, not {now!r}; a resumed run must keep it")
     return state
 
 
@@ -584,20 +578,16 @@ def main() -> None:
     if isinstance(teacher, dict) and save_every:
         raise ValueError("teacher is a shape, not a model, so nothing can be saved: set save_every to 0")
     if data is None and (mask_documents or sft):
-        raise ValueError(
-            "data is None, random tokens without documents or chats: mask_documents and sft need data"
-        )
+        raise ValueError("data is None, random tokens: mask_documents and sft need documents and chats")
     if sft and (teacher is not None or mask_documents):
         raise ValueError(
-            "sft fine-tunes a plain LM, a row a document: set teacher to None, mask_documents to False"
+            "sft fine-tunes a plain LM, a row a chat: set teacher to None, mask_documents to False"
         )
     # by torchrun, after a rank died; only the node of that rank is told
     restarted = on_any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
     found, log_file = models.checkpoints(out_dir), Path(out_dir) / "metrics.jsonl"
     if not (resume or restarted or eval_only) and (found or (log_file.exists() and save_every)):
-        raise ValueError(
-            f"{out_dir} holds a run; go on with it by --resume=True, or choose another --out_dir"
-        )
+        raise ValueError(f"{out_dir} holds a run: go on with --resume=True, or choose another --out_dir")
     last = newest_whole(found) if resume or restarted else None
     state = check_resumed(last) if last else {"step": 0, "optimizer_steps": 0}
     start = state["step"]
@@ -646,9 +636,8 @@ def main() -> None:
         say(f"teacher: {frozen:,} parameters, frozen; hidden size {model.teacher.config.hidden_size}")
     say(f"{role}: {trained:,} trained parameters; hidden size {model.config.hidden_size}")
     passes = steps * global_batch_size / train_data.total
-    say(
-        f"{steps:,} steps of {tokens_per_step:,} tokens: {accumulation} micro-batches, {WORLD_SIZE} processes"
-    )
+    split = f"{accumulation} micro-batches, {WORLD_SIZE} processes"
+    say(f"{steps:,} steps of {tokens_per_step:,} tokens: {split}")
     say(f"{steps * tokens_per_step:,} tokens in all, {passes:.2g} epochs of the data")
     if last:
         say(f"resumed from {last}")
@@ -767,7 +756,7 @@ def main() -> None:
             print(f"export it:           python convert.py --checkpoint={out_dir} --out=student")
             if teacher == "data/quickstart/teacher":
                 print(
-                    "clone a real model:  python train.py config/smollm2_135m.py  (it says what to download)"
+                    "a real model next:   python train.py config/smollm2_135m.py  (it says what to download)"
                 )
 
 
