@@ -770,5 +770,8 @@ if __name__ == "__main__":
             print(message, file=sys.stderr, flush=True)
             os._exit(1)  # gloo can hang where a group is taken down after an error
         raise SystemExit(message) from None
+    if dist.is_initialized() and not wandb:
+        sys.stdout.flush()
+        os._exit(0)  # gloo can abort a process that takes its group down
     if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # wandb ends its run at exit
