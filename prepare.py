@@ -848,6 +848,7 @@ class RandomTokens:
 
     def __init__(self, vocab_size: int, seq_len: int):
         self.vocab_size, self.seq_len, self.total = vocab_size, seq_len, 2**40
+        self.tokens_per_block = seq_len
 
     def batch(self, start: int, count: int) -> np.ndarray:
         return np.random.default_rng(start).integers(0, self.vocab_size, (count, self.seq_len + 1))

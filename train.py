@@ -628,8 +628,8 @@ def main() -> None:
         load_optimizer(last, model, optimizer, state["optimizer_steps"])
 
     # ---- what was derived
-    tokens_per_step = global_batch_size * (train_data.tokens_per_block if sft else seq_len)  # sft: on average
-    tokens_per_step, role = round(tokens_per_step), "student" if clone else "model"
+    tokens_per_step = round(global_batch_size * train_data.tokens_per_block)  # with sft on average
+    role = "student" if clone else "model"
     threads, version = torch.get_num_threads(), torch.__version__
     say(f"{where.type} x {WORLD_SIZE} ({threads} threads), torch {version}, {compute_dtype}")
     if clone:

@@ -57,6 +57,8 @@ def products(shapes: list[tuple]) -> float:
 
 def main() -> None:
     vars(train).update(configure({"__file__": str(ROOT / "train.py")}))
+    if not isinstance(train.teacher, dict):
+        raise SystemExit("error: teacher is no shape; give a config that has one, as config/bench_tiny.py")
     device, blocks = torch.device("cpu"), train.RandomTokens(train.teacher["vocab_size"], train.seq_len)
     model = train.build_model(torch.float32).init_weights(train.seed)
     parameters = [p for p in model.parameters() if p.requires_grad]

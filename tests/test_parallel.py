@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from test_scripts import plain_options
 
 import model as models
+import train as train_script
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--rdzv_backend=c10d")
@@ -111,7 +112,7 @@ def alone(work, teacher, corpus):
     [
         ("ddp", 2, ("--micro_batch_size=1",)),  # two micro-batches on each, three blocks to evaluate
         ("fsdp", 2, ("--micro_batch_size=1", "--parallel=fsdp", "--activation_checkpointing=True")),
-        ("fsdp_at_once", 2, ("--parallel=fsdp", "--async_save=True")),
+        ("fsdp_at_once", 2, ("--parallel=fsdp",)),
         ("fsdp_4", 4, ("--micro_batch_size=1", "--parallel=fsdp")),
         ("hsdp", 4, ("--micro_batch_size=1", "--parallel=fsdp", "--replicas=2")),
     ],
@@ -136,11 +137,26 @@ def test_an_asynchronous_save_writes_the_same(work, teacher, corpus, alone):
             assert written.keys() == expected.keys()
             assert all(torch.equal(written[name], expected[name]) for name in expected), file
     # the shards of one written by two processes while they trained
-    out = work / "fsdp_at_once"
+    out = work / "async_fsdp"
+    train(2, *clone_options(teacher, corpus, out, *STEADY, "--parallel=fsdp", "--async_save=True"))
     shutil.rmtree(models.checkpoints(out)[-1])
     output = train(1, *clone_options(teacher, corpus, out, *STEADY, "--resume=True"))
     assert "resumed from" in output and "step_00000010" in output
     assert_same_run(out, alone)
+
+
+def test_an_asynchronous_save_takes_copies(monkeypatch, tmp_path):
+    for name, value in (("async_save", True), ("out_dir", str(tmp_path)), ("options", {})):
+        monkeypatch.setattr(train_script, name, value, raising=False)
+    layer = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(4)).sum().backward()
+    optimizer.step()
+    tensors, moments, *_ = train_script.prepare_save(layer, optimizer, 1)
+    expected = [tensor.clone() for tensor in (*tensors.values(), *moments.values())]
+    optimizer.step()  # training goes on
+    assert all(map(torch.equal, (*tensors.values(), *moments.values()), expected))
+    assert not torch.equal(layer.weight, tensors["weight"])
 
 
 def test_plain_models_shard(work, teacher, corpus):

@@ -375,8 +375,10 @@ def test_fine_tuning_on_answers(work, exported, chats):
     for result in in_parallel(calls):
         assert result.returncode == 0, result.stderr
     whole, parts = metrics(work / "sft_8"), metrics(work / "sft_1")
-    rows = json.loads((chats / "meta.json").read_text())["documents"]["tokens"]
+    meta = json.loads((chats / "meta.json").read_text())
+    rows, tokens = meta["documents"]["tokens"], sum(shard["tokens"] for shard in meta["splits"]["tokens"])
     assert whole[-1]["step"] == round(2 * rows / 8)
+    assert whole[-1]["tokens"] == whole[-1]["step"] * round(8 * tokens / rows)  # not the longest a row can be
     for a, b in zip(whole, parts, strict=True):
         for name in a.keys() & {"loss", "lm", "grad_norm", "val_lm"}:
             # rounding in another order, which AdamW passes on
