@@ -291,7 +291,8 @@ class GatedLinear(torch.autograd.Function):
         silu = gate * sigmoid
         weight_grad = None
         if ctx.needs_input_grad[2]:
-            weight_grad = grad.flatten(0, -2).T @ (silu * up).flatten(0, -2)
+            # this way round, since D < F: CPU products are faster with few columns than with few rows
+            weight_grad = ((silu * up).flatten(0, -2).T @ grad.flatten(0, -2)).T
         grad = grad @ weight
         # silu' = sigmoid - silu · sigmoid + silu, in place: fresh memory costs more than arithmetic
         gate_grad = sigmoid.addcmul_(silu, sigmoid, value=-1).add_(silu).mul_(up).mul_(grad)
@@ -339,7 +340,12 @@ def plain_block(x, w, config, rope, mask=None, cache=None) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def logit_buffers(count: int, chunk: int, vocab_size: int, dtype, device) -> Tensor:
-    """The loss head's buffers [count, chunk, V], kept for the next step: fresh memory is slow."""
+    """The loss head's buffers [count, chunk, V], kept for the next step: fresh memory is slow.
+
+    On a CPU the vocabulary is their outer dimension, which makes the products a quarter faster.
+    """
+    if device.type == "cpu":
+        return torch.empty((count, vocab_size, chunk), dtype=dtype).transpose(1, 2)
     return torch.empty((count, chunk, vocab_size), dtype=dtype, device=device)
 
 
@@ -366,55 +372,54 @@ class ChunkedLoss(torch.autograd.Function):
         head_grad = torch.zeros_like(head, dtype=wide) if need_head else None
         labelled = labels != -100
         chunk = min(chunk, tokens)
-        buffers = logit_buffers(2 if teacher_hidden is None else 4, chunk, vocab_size, wide, hidden.device)
+        buffers = logit_buffers(1 if teacher_hidden is None else 3, chunk, vocab_size, wide, hidden.device)
 
         def logits(x, weight, out):  # [chunk, V]
             return torch.mm(x, weight.T, out=out) if x.dtype == wide else out.copy_(x @ weight.T)
 
-        def log_sum_exp(z, p):
-            # From the likeliest token, p = exp(z - log_sum_exp), without another pass over z. In float64,
-            # since KL at a high temperature is a small difference of two of these.
-            return z.amax(-1).double() - p.amax(-1).double().log()
+        def exponentials(z, out):
+            """Writes exp(z - max z); returns (one over their sum [chunk, 1], log Σ exp z [chunk]), the latter
+            in float64, since KL at a high temperature is a small difference of two of these."""
+            top = z.amax(-1, keepdim=True)
+            total = torch.sub(z, top, out=out).exp_().sum(-1, keepdim=True)
+            return total.reciprocal(), (top.double() + total.double().log())[:, 0]
 
         for start in range(0, tokens, chunk):
             rows = slice(start, min(start + chunk, tokens))
             label, valid = labels[rows].clamp(min=0)[:, None], labelled[rows]
-            z, grad, *rest = buffers[:, : rows.stop - start]
+            lm_weight = (valid.to(wide) * lm_scale)[:, None]
+            z, *rest = buffers[:, : rows.stop - start]
             logits(hidden[rows], head, z)
-            torch.softmax(z, -1, out=grad)
-            log_sum = log_sum_exp(z, grad)
-            lm[rows] = torch.where(valid, log_sum - z.gather(-1, label)[:, 0], 0.0)
-            if teacher_hidden is not None:
-                teacher_z, teacher_p = rest
-                logits(teacher_hidden[rows], teacher_head, teacher_z)
+            label_z = z.gather(-1, label)[:, 0]
+            if teacher_hidden is None:
+                share, log_sum = exponentials(z, z)
+                grad = z.mul_(share * lm_weight)
+            else:
+                grad, p = rest
+                teacher_z = logits(teacher_hidden[rows], teacher_head, grad)
+                teacher_label_z = teacher_z.gather(-1, label)[:, 0]
                 if temperature != 1.0:
                     z /= temperature
                     teacher_z /= temperature
-                torch.softmax(teacher_z, -1, out=teacher_p)
-                teacher_log_sum = log_sum_exp(teacher_z, teacher_p)
-                if temperature == 1.0:
-                    teacher_lm[rows] = torch.where(
-                        valid, teacher_log_sum - teacher_z.gather(-1, label)[:, 0], 0.0
-                    )
+                teacher_share, teacher_log_sum = exponentials(teacher_z, p)
                 # KL = Σ p (teacher_z - z) - teacher_log_sum + log_sum, all at the temperature
-                difference = torch.bmm(teacher_p[:, None], teacher_z.sub_(z)[..., None])[:, 0, 0]
-                student_p = grad
-                if temperature != 1.0:
-                    student_p = torch.softmax(z, -1, out=teacher_z)
-                    log_sum = log_sum_exp(z, student_p)
+                difference = teacher_z.sub_(z).mul_(p).sum(-1) * teacher_share[:, 0]
+                share, log_sum = exponentials(z, grad)
                 kl[rows] = difference - teacher_log_sum + log_sum
+                # and d(T² KL)/dz = T · (softmax(z/T) - softmax(teacher_z/T))
+                kl_weight = kl_scale * temperature
+                p.mul_(teacher_share * kl_weight)
+                if temperature == 1.0:
+                    teacher_lm[rows] = torch.where(valid, teacher_log_sum - teacher_label_z, 0.0)
+                    grad.mul_(share * (lm_weight + kl_weight)).sub_(p)
+                else:
+                    grad.mul_(share * kl_weight).sub_(p)
+                    share, log_sum = exponentials(z.mul_(temperature), p)
+                    grad.add_(p.mul_(share * lm_weight))
+            lm[rows] = torch.where(valid, log_sum - label_z, 0.0)
             if not (need_hidden or need_head):
                 continue
-            scale = (valid.to(wide) * lm_scale)[:, None]
-            if teacher_hidden is not None:
-                # d(T² KL)/dz = T · (softmax(z/T) - softmax(teacher_z/T))
-                if temperature == 1.0:
-                    grad.mul_(scale + kl_scale).sub_(teacher_p.mul_(kl_scale))
-                else:
-                    grad.mul_(scale).add_(student_p.sub_(teacher_p).mul_(kl_scale * temperature))
-            else:
-                grad.mul_(scale)
-            grad.scatter_add_(-1, label, -scale)
+            grad.scatter_add_(-1, label, -lm_weight)
             grad = grad.to(hidden.dtype)
             if need_hidden:
                 torch.mm(grad, head, out=hidden_grad[rows])
