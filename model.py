@@ -272,8 +272,8 @@ def rms(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension with float32 statistics, in x's dtype."""
-    return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+    """RMSNorm over the last dimension, float32 inside whatever x's dtype."""
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
 
 
 class GatedLinear(torch.autograd.Function):
@@ -445,10 +445,10 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def loss_chunk(vocab_size: int, device: torch.device) -> int:
-    """Tokens per chunk of the loss head: up to 24 MB of float32 logits a buffer on a CPU, 512 MB on a GPU."""
+    """Tokens per chunk of the loss head: up to 48 MB of float32 logits a buffer on a CPU, 512 MB on a GPU."""
     if device.type == "cuda":
         return max(32, 2**27 // vocab_size)
-    return max(32, min(512, 6 * 2**20 // vocab_size // 32 * 32))
+    return max(32, min(512, 12 * 2**20 // vocab_size // 32 * 32))
 
 
 def head_loss(
@@ -607,6 +607,7 @@ class Llama(nn.Module):
 
 READS = ("q", "k", "v", "gate", "up")  # weights W of which the student has W P
 WRITES = ("o", "down")  # weights W of which it has P^T W
+COMPARED = {"attn_out": "o", "mlp_out": "down"}  # activations that clone terms of another name compare
 PROJECTION_OF = {"attn_in": "q", "attn_out": "o", "mlp_in": "gate", "mlp_out": "down"}  # clone terms with one
 
 
@@ -713,19 +714,19 @@ def clone_block(teacher, student, x_t, x_s, teacher_config, student_config, rope
     x_s, s = block(x_s, teacher | student, student_config, rope, mask)
     losses = []
     for name in terms:
-        source, projection = s.get(name), None
+        compared = COMPARED.get(name, name)
+        source, projection = s[compared], None
         if name == "attn_in":
-            source = F.linear(s[name], student["P_q"])
+            source = F.linear(source, student["P_q"])
         elif name == "mlp_in":
-            source = F.linear(s[name], student["P_gate"])
+            source = F.linear(source, student["P_gate"])
         elif name == "attn_out" and clone.clone_attn_out == "teacher":
-            name, source = "o", F.linear(s["attended"], teacher["o"], teacher.get("o_bias"))
+            source = F.linear(s["attended"], teacher["o"], teacher.get("o_bias"))
         elif name == "mlp_out" and clone.clone_mlp_out == "teacher":
-            name, source = "down", GatedLinear.apply(s["gate"], s["up"], teacher["down"])
-        elif name in ("attn_out", "mlp_out"):
-            name = "o" if name == "attn_out" else "down"
-            source, projection = s[name], student[f"P_{name}"]
-        losses.append(MeanSquaredError.apply(source, t[name], projection))
+            source = GatedLinear.apply(s["gate"], s["up"], teacher["down"])
+        elif name in COMPARED:
+            projection = student[f"P_{compared}"]
+        losses.append(MeanSquaredError.apply(source, t[compared], projection))
     return x_t, x_s, losses
 
 
@@ -786,8 +787,7 @@ class LowRankClone(nn.Module):
         second moments [d_T, d_T], float64, of the residual stream's directions x / |x|, averaged over tokens
         and over what each layer and the head read; their trace is 1.
         """
-        teacher, sources = self.teacher, {"attn_out": "o", "mlp_out": "down"}
-        names = [sources.get(name, name) for name in self.clone.terms()]
+        teacher, names = self.teacher, [COMPARED.get(name, name) for name in self.clone.terms()]
         rope = rope_table(teacher.config, torch.arange(ids.shape[1], device=ids.device))
         squares = torch.zeros((len(teacher.layers), len(names)), device=ids.device)
         covariance = 0.0

@@ -583,6 +583,8 @@ def main() -> None:
         raise ValueError(
             "sft fine-tunes a plain LM, a row a chat: set teacher to None, mask_documents to False"
         )
+    if compile and where.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++").split()[0]):
+        raise ValueError("compile needs a C++ compiler on a CPU, and there is none: g++, or what CXX names")
     # by torchrun, after a rank died; only the node of that rank is told
     restarted = on_any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
     found, log_file = models.checkpoints(out_dir), Path(out_dir) / "metrics.jsonl"
