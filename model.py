@@ -369,7 +369,7 @@ class ChunkedLoss(torch.autograd.Function):
         lm, kl, teacher_lm = hidden.new_zeros((3, tokens), dtype=wide)
         need_hidden, need_head = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if need_hidden else None
-        head_grad = torch.zeros_like(head, dtype=wide) if need_head else None
+        head_grad = torch.empty_like(head, dtype=wide) if need_head else None
         labelled = labels != -100
         chunk = min(chunk, tokens)
         buffers = logit_buffers(1 if teacher_hidden is None else 3, chunk, vocab_size, wide, hidden.device)
@@ -425,9 +425,9 @@ class ChunkedLoss(torch.autograd.Function):
                 torch.mm(grad, head, out=hidden_grad[rows])
             if need_head:
                 if hidden.dtype == wide:
-                    head_grad.addmm_(grad.T, hidden[rows])
+                    head_grad.addmm_(grad.T, hidden[rows], beta=int(start > 0))
                 else:
-                    head_grad += grad.T @ hidden[rows]
+                    (head_grad.add_ if start else head_grad.copy_)(grad.T @ hidden[rows])
         ctx.grads = hidden_grad, head_grad if head_grad is None else head_grad.to(head.dtype)
         ctx.mark_non_differentiable(lm, kl, teacher_lm)
         loss = lm_scale * lm.sum() + kl_scale * temperature**2 * kl.sum()

@@ -1,10 +1,11 @@
-"""Where the time of a training step goes on this CPU: by kind of operation, and what is slowest.
+"""Where the time of a training step goes on this CPU: by part, by kind of operation, and what is slowest.
 
     python tests/profile_step.py config/bench_smollm2.py
     python tests/profile_step.py config/bench_tiny.py
 
-Not a part of the test run. Times every operator of one step, forward and backward, after three to warm up;
-torch.mm's rate is measured right before and after it. What no operator takes is Python's and autograd's.
+Not a part of the test run, and without torch.compile, whose operators are not told apart. After three steps
+to warm up it times the parts of one, then every operator of another, torch.mm's rate measured right before
+and after each. What no operator takes is Python's and autograd's.
 """
 
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -20,6 +22,7 @@ os.chdir(ROOT)
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model as models
 import train
 from configurator import configure
 
@@ -55,6 +58,41 @@ def products(shapes: list[tuple]) -> float:
     return 2 * rows * inner * columns
 
 
+def by_part(step, model, tokens: int) -> None:
+    """Seconds of each part of a step, and the fraction of torch.mm's rate at which its arithmetic is done."""
+    seconds, block = defaultdict(float), models.block
+
+    def timed(name: str, function):
+        def run(*arguments):
+            start = time.perf_counter()
+            result = function(*arguments)
+            seconds[name] += time.perf_counter() - start
+            return result
+
+        return run
+
+    def teacher_or_student(*arguments):
+        return timed("student" if torch.is_grad_enabled() else "teacher", block)(*arguments)
+
+    flops = {name: value / 1e9 for name, value in models.flops(model, tokens, train.seq_len).items()}
+    work = {
+        "compose": flops["compose"] / 2, "teacher": flops["teacher"], "student": flops["student"] / 3,
+        "clone losses": flops["clone losses"], "head": flops["head"],  # with their gradients, formed there
+        "backward": flops["student"] * 2 / 3 + flops["compose"] / 2, "clip and AdamW": 0.0,
+    }  # fmt: skip
+    rates = [train.matmul_rate(torch.device("cpu"), torch.float32)]
+    with patch.multiple(models, block=teacher_or_student, head_loss=timed("head", models.head_loss)):
+        layers, model.run_block = model.run_block, timed("layers", models.clone_block)
+        total = step(timed)
+        model.run_block = layers
+    rate = (rates[0] + train.matmul_rate(torch.device("cpu"), torch.float32)) / 2
+    seconds["clone losses"] = seconds.pop("layers") - seconds["teacher"] - seconds["student"]
+    print(f"step {total:.3f} s; torch.mm {rate:.0f} GFLOP/s")
+    for name, value in work.items():
+        done = f"{value:6.1f} GFLOP at {100 * value / seconds[name] / rate:3.0f}%" if value else ""
+        print(f"  {name:16} {seconds[name]:6.3f} s  {100 * seconds[name] / total:5.1f}%  {done}")
+
+
 def main() -> None:
     vars(train).update(configure({"__file__": str(ROOT / "train.py")}))
     if not isinstance(train.teacher, dict):
@@ -65,15 +103,23 @@ def main() -> None:
     optimizer = torch.optim.AdamW(parameters, train.learning_rate, fused=True)
     count = train.global_batch_size
 
-    def step() -> None:
-        loss, _ = train.forward(model, model(), blocks, 0, count, count, count * train.seq_len, device)
-        loss.backward()
+    def update() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    def step(timed=lambda name, function: function) -> float:
+        start = time.perf_counter()
+        weights = timed("compose", model.forward)()
+        loss, _ = train.forward(model, weights, blocks, 0, count, count, count * train.seq_len, device)
+        del weights
+        timed("backward", loss.backward)()
+        timed("clip and AdamW", update)()
+        return time.perf_counter() - start
+
     for _ in range(3):
         step()
+    by_part(step, model, count * train.seq_len)
     rates, timer, start = [train.matmul_rate(device, torch.float32)], Timer(), time.perf_counter()
     with timer:
         step()
