@@ -92,6 +92,7 @@ import functools
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -160,11 +161,13 @@ def to_device(array, where: torch.device) -> torch.Tensor:
 
 
 def peak_memory_gib(where: torch.device) -> float:
-    """The most memory held so far: on the GPU, or resident in this process (Linux: KiB, macOS: bytes)."""
+    """The most memory held so far: on the GPU, or resident in this process."""
     if where.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    unit = 2**30 if os.uname().sysname == "Darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    status = Path("/proc/self/status")  # Linux, whose getrusage also counts the process that started this one
+    if status.is_file():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS: bytes
 
 
 def over_ranks(values: torch.Tensor, operation=dist.ReduceOp.SUM, group=None) -> torch.Tensor:
