@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from model import ChunkedLoss, GatedLinear, Llama, LowRankClone, MeanSquaredError, ModelConfig
@@ -718,3 +719,29 @@ def test_flash_attention_is_called_as_documented(monkeypatch):
     for a, b in zip(flash, plain, strict=True):
         assert relative(a["token_lm"], b["token_lm"]) < 0.01  # bfloat16
     flash[1]["loss"].backward()
+
+
+FLOPS_OPTIONS = (
+    None,  # a plain model
+    {},
+    {"share_qkv": True, "share_gate_up": True},
+    {"clone_attn_out": "teacher", "clone_mlp_out": "teacher", "tie_head_projection": False},
+    {"clone_skip": ("q", "attn_out"), "clone_skip_layers": (0,)},
+    {"clone_weight": 0.0},
+)
+
+
+@pytest.mark.parametrize("options", FLOPS_OPTIONS, ids=str)
+def test_flops_are_those_that_torch_counts(options):
+    """Exactly: what a benchmark says must be done is what a step does. Attention aside, of whose square the CPU's
+    kernel computes a part; addmm_ is in place of the addmm that torch knows."""
+    trained = random_llama() if options is None else random_clone(**options)
+    in_place = {
+        torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]
+    }
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        trained.loss(*random_batch(2, 12))["loss"].backward()
+    config, times = trained.config, 3 if options is None else 4
+    attention = 24 * config.num_hidden_layers * 2 * config.num_attention_heads * config.head_dim * 13
+    counted = sum(counter.get_flop_counts()["Global"].values())
+    assert counted == sum(model.flops(trained, 24, 12).values()) - times * attention

@@ -409,3 +409,21 @@ def test_a_clone_goes_on_from_a_clone(work, runs, corpus, teacher):
     )
     succeed("train.py", *options)
     assert metrics(work / "further")[0]["loss"] < metrics(runs["clone"])[0]["loss"]
+
+
+def test_benchmark(work, monkeypatch):
+    """FLOPs by part, then one line of JSON whose numbers follow from each other; no checkpoint."""
+    small = ("config/bench_tiny.py", "--global_batch_size=2", "--micro_batch_size=1", "--max_steps=3")
+    done = succeed("train.py", *small, "--compile=False", f"--out_dir={work}/benchmark")
+    *table, last = done.stdout.splitlines()
+    found = json.loads(last)
+    flops = {line[2:16].strip(): float(line.split()[-4]) for line in table if line.endswith("GFLOP a step")}
+    assert list(flops) == ["teacher", "compose", "student", "clone losses", "head", "all"]
+    assert flops.pop("all") == pytest.approx(sum(flops.values()), abs=0.3)  # printed to a tenth
+    assert found["tokens_per_second"] * found["seconds_per_step"] == pytest.approx(2 * 256, rel=1e-3)
+    rate = sum(flops.values()) / found["seconds_per_step"]
+    assert found["matmul_fraction"] == pytest.approx(rate / found["matmul_gflops"], rel=0.05)
+    assert 0.2 < found["peak_memory_gib"] < 2 and not models.checkpoints(work / "benchmark")
+    monkeypatch.setenv("CXX", "no-compiler")
+    refused = run("train.py", *small, f"--out_dir={work}/none")
+    assert refused.returncode == 1 and "compile needs a C++ compiler" in refused.stderr.splitlines()[-1]
