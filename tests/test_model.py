@@ -733,12 +733,10 @@ FLOPS_OPTIONS = (
 
 @pytest.mark.parametrize("options", FLOPS_OPTIONS, ids=str)
 def test_flops_are_those_that_torch_counts(options):
-    """Exactly: what a benchmark says must be done is what a step does. Attention aside, of whose square the CPU's
-    kernel computes a part; addmm_ is in place of the addmm that torch knows."""
+    """Exactly: what a benchmark says must be done is what a step does. Attention aside, of whose square the
+    CPU's kernel computes a part; and addmm_, which torch does not know, is told."""
     trained = random_llama() if options is None else random_clone(**options)
-    in_place = {
-        torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]
-    }
+    in_place = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         trained.loss(*random_batch(2, 12))["loss"].backward()
     config, times = trained.config, 3 if options is None else 4
