@@ -21,6 +21,8 @@ import functools
 import hashlib
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -335,6 +337,12 @@ def plain_block(x, w, config, rope, mask=None, cache=None) -> Tensor:
     return block(x, w, config, rope, mask, cache)[0]
 
 
+def need_compiler(device: torch.device) -> None:
+    """ValueError where torch.compile lacks the C++ compiler that it needs on a CPU."""
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++").split()[0]):
+        raise ValueError("compile needs a C++ compiler on a CPU, and there is none: g++, or what CXX names")
+
+
 # ---- the loss head
 
 
@@ -342,10 +350,10 @@ def plain_block(x, w, config, rope, mask=None, cache=None) -> Tensor:
 def logit_buffers(count: int, chunk: int, vocab_size: int, dtype, device) -> Tensor:
     """The loss head's buffers [count, chunk, V], kept for the next step: fresh memory is slow.
 
-    On a CPU the vocabulary is their outer dimension, which makes the products a quarter faster.
+    On a CPU the vocabulary is their outer dimension, which makes the logits' products up to a third faster.
     """
     if device.type == "cpu":
-        return torch.empty((count, vocab_size, chunk), dtype=dtype).transpose(1, 2)
+        return torch.empty((count, vocab_size, chunk), dtype=dtype, device=device).transpose(1, 2)
     return torch.empty((count, chunk, vocab_size), dtype=dtype, device=device)
 
 

@@ -203,7 +203,9 @@ def converse(decoder: Decoder, tokens, render, stop_ids: tuple[int, ...]) -> Non
 
 
 def main() -> None:
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if compile:
+        models.need_compiler(where)
     directory = tokenizer or models.tokenizer_directory(models.resolve(model), teacher)
     tokens, render = load_tokenizer(directory), chat_template(directory) if chat else None
     llama = models.load_checkpoint(models.resolve(model), teacher)

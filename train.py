@@ -164,10 +164,11 @@ def peak_memory_gib(where: torch.device) -> float:
     """The most memory held so far: on the GPU, or resident in this process."""
     if where.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    status = Path("/proc/self/status")  # Linux, whose getrusage also counts the process that started this one
-    if status.is_file():
-        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS: bytes
+    status = Path("/proc/self/status")  # getrusage also counts the process that started this one
+    if status.is_file() and (held := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(held[1]) / 2**20
+    unit = 2**30 if os.uname().sysname == "Darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def over_ranks(values: torch.Tensor, operation=dist.ReduceOp.SUM, group=None) -> torch.Tensor:
@@ -586,8 +587,8 @@ def main() -> None:
         raise ValueError(
             "sft fine-tunes a plain LM, a row a chat: set teacher to None, mask_documents to False"
         )
-    if compile and where.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++").split()[0]):
-        raise ValueError("compile needs a C++ compiler on a CPU, and there is none: g++, or what CXX names")
+    if compile:
+        models.need_compiler(where)
     # by torchrun, after a rank died; only the node of that rank is told
     restarted = on_any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
     found, log_file = models.checkpoints(out_dir), Path(out_dir) / "metrics.jsonl"

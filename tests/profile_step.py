@@ -80,12 +80,12 @@ def by_part(step, model, tokens: int) -> None:
         "clone losses": flops["clone losses"], "head": flops["head"],  # with their gradients, formed there
         "backward": flops["student"] * 2 / 3 + flops["compose"] / 2, "clip and AdamW": 0.0,
     }  # fmt: skip
-    rates = [train.matmul_rate(torch.device("cpu"), torch.float32)]
+    rate = train.matmul_rate(torch.device("cpu"), torch.float32)
     with patch.multiple(models, block=teacher_or_student, head_loss=timed("head", models.head_loss)):
         layers, model.run_block = model.run_block, timed("layers", models.clone_block)
         total = step(timed)
         model.run_block = layers
-    rate = (rates[0] + train.matmul_rate(torch.device("cpu"), torch.float32)) / 2
+    rate = (rate + train.matmul_rate(torch.device("cpu"), torch.float32)) / 2
     seconds["clone losses"] = seconds.pop("layers") - seconds["teacher"] - seconds["student"]
     print(f"step {total:.3f} s; torch.mm {rate:.0f} GFLOP/s")
     for name, value in work.items():
@@ -120,11 +120,11 @@ def main() -> None:
     for _ in range(3):
         step()
     by_part(step, model, count * train.seq_len)
-    rates, timer, start = [train.matmul_rate(device, torch.float32)], Timer(), time.perf_counter()
+    rate, timer, start = train.matmul_rate(device, torch.float32), Timer(), time.perf_counter()
     with timer:
         step()
     total = time.perf_counter() - start
-    rate = (rates[0] + train.matmul_rate(device, torch.float32)) / 2
+    rate = (rate + train.matmul_rate(device, torch.float32)) / 2
     kinds = defaultdict(float)
     for (name, _), (_, seconds) in timer.found.items():
         kinds[kind_of(name)] += seconds

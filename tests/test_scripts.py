@@ -411,7 +411,7 @@ def test_a_clone_goes_on_from_a_clone(work, runs, corpus, teacher):
     assert metrics(work / "further")[0]["loss"] < metrics(runs["clone"])[0]["loss"]
 
 
-def test_benchmark(work, monkeypatch):
+def test_benchmark(work):
     """FLOPs by part, then one line of JSON whose numbers follow from each other; no checkpoint."""
     small = ("config/bench_tiny.py", "--global_batch_size=2", "--micro_batch_size=1", "--max_steps=3")
     done = succeed("train.py", *small, "--compile=False", f"--out_dir={work}/benchmark")
@@ -424,6 +424,15 @@ def test_benchmark(work, monkeypatch):
     rate = sum(flops.values()) / found["seconds_per_step"]
     assert found["matmul_fraction"] == pytest.approx(rate / found["matmul_gflops"], rel=0.05)
     assert 0.2 < found["peak_memory_gib"] < 2 and not models.checkpoints(work / "benchmark")
+
+
+def test_compile_without_a_compiler_is_refused(work, monkeypatch):
     monkeypatch.setenv("CXX", "no-compiler")
-    refused = run("train.py", *small, f"--out_dir={work}/none")
-    assert refused.returncode == 1 and "compile needs a C++ compiler" in refused.stderr.splitlines()[-1]
+    calls = (
+        ("train.py", "config/bench_tiny.py", f"--out_dir={work}/none"),
+        ("sample.py", f"--model={BUNDLED}", "--compile=True"),
+    )
+    for call in calls:
+        refused = run(*call)
+        assert refused.returncode == 1
+        assert "error: compile needs a C++ compiler" in refused.stderr.splitlines()[-1]
