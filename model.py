@@ -17,25 +17,27 @@ Shapes: B batch, T tokens, D hidden_size, H heads, G key/value heads, F intermed
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils._pytree import tree_leaves, tree_map
 
-try:  # optional, for CUDA: its kernel for documents apart needs no mask
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
+try:  # optional, on CUDA, for documents kept apart: where it is not installed, PyTorch's own kernel does it
+    from flash_attn import flash_attn_varlen_func
 except ImportError:
-    flash_attn_func = flash_attn_varlen_func = None
+    flash_attn_varlen_func = None
 
 # Our name of each weight of a layer -> its name in a Hugging Face checkpoint, under "model.layers.{i}."
 LAYER_NAMES = {
@@ -223,40 +225,42 @@ def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def flash_runs(device: torch.device, dtype: torch.dtype) -> bool:
-    return flash_attn_func is not None and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-
-
-def within_documents(documents: Tensor, device: torch.device, dtype: torch.dtype):
+def document_layout(documents: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor | tuple]:
     """(positions [B, 1, T], what `attention` takes as mask), both restarting where documents [B, T] change.
 
-    Worked out where `documents` lies, on a CPU without waiting for the device they go to.
+    Worked out by numpy before the batch goes to the device, so that nothing waits for a GPU. On CUDA no T x T
+    mask is made: (offsets into the batch's B * T tokens at which documents begin and end, int32; T).
     """
-    order = torch.arange(documents.shape[1], device=documents.device)
-    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-    starts = torch.where(begins, order, 0).cummax(dim=1).values
-    positions = (order - starts)[:, None].to(device, non_blocking=True)
-    if flash_runs(device, dtype):
-        bounds = F.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=documents.numel())
-        return positions, (bounds.to(device, torch.int32, non_blocking=True), int(bounds.diff().max()))
-    mask = (documents[:, :, None] == documents[:, None, :]) & (order[:, None] >= order)
-    return positions, mask[:, None].to(device, non_blocking=True)
+    rows, length = documents.shape
+    order = np.arange(length)
+    begins = np.ones((rows, length), bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    starts = np.maximum.accumulate(np.where(begins, order, 0), axis=1)
+    positions = torch.from_numpy(order - starts)[:, None].to(device, non_blocking=True)
+    if device.type == "cuda":
+        bounds = np.append(np.flatnonzero(begins), documents.size).astype(np.int32)
+        return positions, (torch.from_numpy(bounds).to(device, non_blocking=True), length)
+    mask = (starts[:, :, None] == starts[:, None, :]) & (order[:, None] >= order)
+    return positions, torch.from_numpy(mask)[:, None].to(device)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
     """q [B, H, T, head_dim] to k, v [B, G, L, head_dim] -> [B, T, H·head_dim].
 
-    mask: bool [B, 1, T, L]; None: causal; (bounds [documents + 1], longest): causal within documents, whose
-    bounds are int32 offsets into the batch's B · T tokens, by flash-attn.
+    mask: None: causal; bool [B, 1, T, L]; or (bounds [documents + 1], longest), from document_layout: causal
+    within documents, by flash-attn where it is installed and else by PyTorch's kernel for lengths that vary.
     """
-    if mask is not None and not isinstance(mask, Tensor):
+    grouped = q.shape[1] != k.shape[1]
+    if isinstance(mask, tuple):
         bounds, longest = mask
-        flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B·T, heads, head_dim]
-        attended = flash_attn_varlen_func(*flat, bounds, bounds, longest, longest, causal=True)
+        flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # [B·T, heads, head_dim]
+        lengths = (bounds, bounds, longest, longest)
+        if flash_attn_varlen_func is not None:
+            attended = flash_attn_varlen_func(*flat, *lengths, causal=True)
+        else:
+            attended = varlen_attn(*flat, *lengths, window_size=(-1, 0), enable_gqa=grouped)
         return attended.unflatten(0, (q.shape[0], q.shape[2])).flatten(2)
-    if mask is None and q.shape[2] == k.shape[2] and flash_runs(q.device, q.dtype):
-        return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True).flatten(2)
-    causal, grouped = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
+    causal = mask is None and q.shape[2] > 1
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
     return attended.transpose(1, 2).flatten(2)
 
@@ -346,100 +350,112 @@ def need_compiler(device: torch.device) -> None:
 # ---- the loss head
 
 
-@functools.lru_cache(maxsize=1)
-def logit_buffers(count: int, chunk: int, vocab_size: int, dtype, device) -> Tensor:
-    """The loss head's buffers [count, chunk, V], kept for the next step: fresh memory is slow.
+def log_sum_exp(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(exp(z - max z) [n, V], their sum [n, 1], log Σ exp z [n]) of z [n, V].
 
-    On a CPU the vocabulary is their outer dimension, which makes the logits' products up to a third faster.
+    The last is float64, since a KL at a high temperature is a small difference of two of these.
     """
-    if device.type == "cpu":
-        return torch.empty((count, vocab_size, chunk), dtype=dtype, device=device).transpose(1, 2)
-    return torch.empty((count, chunk, vocab_size), dtype=dtype, device=device)
+    top = z.detach().amax(-1, keepdim=True)
+    exponentials = (z - top).exp()
+    total = exponentials.sum(-1, keepdim=True)
+    return exponentials, total, (total.double().log() + top)[:, 0]
+
+
+def chunk_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, temperature: float):
+    """What each token of a chunk costs: logits [n, V], float32, and labels [n] -> {name: [n]}.
+
+    "lm" is the cross entropy, 0 where the label is -100; "kl" is KL(teacher ‖ student) at the temperature;
+    "teacher_lm", only at temperature 1, the teacher's cross entropy. Any differentiable function may stand
+    here: its gradient is autograd's.
+    """
+    labelled = labels != -100
+    label = labels.clamp(min=0)[:, None]
+
+    def cross_entropy(z: Tensor, log_sum: Tensor) -> Tensor:
+        return torch.where(labelled, log_sum - z.gather(-1, label)[:, 0], 0.0)
+
+    *_, log_sum = log_sum_exp(logits)
+    costs = {"lm": cross_entropy(logits, log_sum)}
+    if teacher_logits is None:
+        return costs
+    z = logits
+    if temperature != 1.0:
+        z = logits / temperature
+        teacher_logits = teacher_logits / temperature
+        *_, log_sum = log_sum_exp(z)
+    exponentials, total, teacher_log_sum = log_sum_exp(teacher_logits)
+    p = exponentials / total
+    # KL = Σ p (log p - log q), with log p = teacher_logits - teacher_log_sum and log q = z - log_sum
+    costs["kl"] = (p * (teacher_logits - z)).sum(-1) - teacher_log_sum + log_sum
+    if temperature == 1.0:
+        costs["teacher_lm"] = cross_entropy(teacher_logits, teacher_log_sum)
+    return costs
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 (float64 of float64): on CUDA without rounding to bfloat16 in between."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in total's dtype."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += product(a, b)
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """lm_scale · ΣCE + kl_scale · T² · ΣKL(teacher ‖ student), without the logits of more than one chunk
-    alive.
+    """lm_scale · Σ lm + kl_scale · T² · Σ kl of chunk_loss, the logits of one chunk of tokens alive at a time.
 
-    hidden [N, D], head [V, D], labels [N] (-100: no label), teacher_hidden [N, D_T] and teacher_head [V,
-    D_T] or None. Softmax and loss are float32 whatever the dtype of hidden. Gradients of hidden and head are
-    formed in the forward pass, chunk by chunk in reused buffers, so that backward only scales them: O(chunk
-    · V) memory and no logits computed twice. Returns (loss, CE of each token [N], its KL [N], the teacher's
-    CE [N], only at T = 1); the loss alone is differentiable.
+    hidden [N, D], head [V, D], labels [N] (-100: no label), teacher_hidden [N, D_T] and teacher_head [V, D_T]
+    or None. The gradients of hidden and head are formed in the forward pass, chunk by chunk, so that backward
+    only scales them: O(chunk · V) memory and no logits computed twice. Returns (loss, the tokens' lm [N], kl
+    [N], teacher_lm [N]); the loss alone is differentiable, once.
     """
 
     @staticmethod
-    def forward(
-        ctx, hidden, head, labels, teacher_hidden, teacher_head, lm_scale, kl_scale, temperature, chunk
-    ):
-        tokens, vocab_size = hidden.shape[0], head.shape[0]
+    def forward(ctx, hidden, head, labels, teacher_hidden, teacher_head, scales, chunk, loss_function):
+        lm_scale, kl_scale, temperature = scales
+        tokens = hidden.shape[0]
         wide = torch.promote_types(hidden.dtype, torch.float32)  # float32, or float64 to check gradients in
-        lm, kl, teacher_lm = hidden.new_zeros((3, tokens), dtype=wide)
-        need_hidden, need_head = ctx.needs_input_grad[:2]
-        hidden_grad = torch.empty_like(hidden) if need_hidden else None
-        head_grad = torch.empty_like(head, dtype=wide) if need_head else None
-        labelled = labels != -100
-        chunk = min(chunk, tokens)
-        buffers = logit_buffers(1 if teacher_hidden is None else 3, chunk, vocab_size, wide, hidden.device)
+        costs = {name: hidden.new_zeros(tokens, dtype=wide) for name in ("lm", "kl", "teacher_lm")}
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+        head_grad = torch.zeros_like(head, dtype=wide) if needs_head else None
+        # On a CPU the vocabulary is the logits' outer dimension: their products are up to a third faster.
+        outer = hidden.device.type == "cpu"
 
-        def logits(x, weight, out):  # [chunk, V]
-            return torch.mm(x, weight.T, out=out) if x.dtype == wide else out.copy_(x @ weight.T)
-
-        def exponentials(z, out):
-            """Writes exp(z - max z); returns (one over their sum [chunk, 1], log Σ exp z [chunk]), the latter
-            in float64, since KL at a high temperature is a small difference of two of these."""
-            top = z.amax(-1, keepdim=True)
-            total = torch.sub(z, top, out=out).exp_().sum(-1, keepdim=True)
-            return total.reciprocal(), (top.double() + total.double().log())[:, 0]
+        def logits(x: Tensor, weight: Tensor) -> Tensor:  # [chunk, V]
+            return product(weight, x.T).T if outer else product(x, weight.T)
 
         for start in range(0, tokens, chunk):
-            rows = slice(start, min(start + chunk, tokens))
-            label, valid = labels[rows].clamp(min=0)[:, None], labelled[rows]
-            lm_weight = (valid.to(wide) * lm_scale)[:, None]
-            z, *rest = buffers[:, : rows.stop - start]
-            logits(hidden[rows], head, z)
-            label_z = z.gather(-1, label)[:, 0]
-            if teacher_hidden is None:
-                share, log_sum = exponentials(z, z)
-                grad = z.mul_(share * lm_weight)
-            else:
-                grad, p = rest
-                teacher_z = logits(teacher_hidden[rows], teacher_head, grad)
-                teacher_label_z = teacher_z.gather(-1, label)[:, 0]
-                if temperature != 1.0:
-                    z /= temperature
-                    teacher_z /= temperature
-                teacher_share, teacher_log_sum = exponentials(teacher_z, p)
-                # KL = Σ p (teacher_z - z) - teacher_log_sum + log_sum, all at the temperature
-                difference = teacher_z.sub_(z).mul_(p).sum(-1) * teacher_share[:, 0]
-                share, log_sum = exponentials(z, grad)
-                kl[rows] = difference - teacher_log_sum + log_sum
-                # and d(T² KL)/dz = T · (softmax(z/T) - softmax(teacher_z/T))
-                kl_weight = kl_scale * temperature
-                p.mul_(teacher_share * kl_weight)
-                if temperature == 1.0:
-                    teacher_lm[rows] = torch.where(valid, teacher_log_sum - teacher_label_z, 0.0)
-                    grad.mul_(share * (lm_weight + kl_weight)).sub_(p)
-                else:
-                    grad.mul_(share * kl_weight).sub_(p)
-                    share, log_sum = exponentials(z.mul_(temperature), p)
-                    grad.add_(p.mul_(share * lm_weight))
-            lm[rows] = torch.where(valid, log_sum - label_z, 0.0)
-            if not (need_hidden or need_head):
+            rows = slice(start, start + chunk)
+            z = logits(hidden[rows], head)
+            teacher_z = None if teacher_hidden is None else logits(teacher_hidden[rows], teacher_head)
+            with torch.set_grad_enabled(needs_hidden or needs_head):
+                z.requires_grad_(needs_hidden or needs_head)
+                chunk_costs = loss_function(z, labels[rows], teacher_z, temperature)
+                loss = lm_scale * chunk_costs["lm"].sum()
+                if teacher_z is not None:
+                    loss = loss + kl_scale * temperature**2 * chunk_costs["kl"].sum()
+            for name, values in chunk_costs.items():
+                costs[name][rows] = values.detach()
+            if not loss.requires_grad:
                 continue
-            grad.scatter_add_(-1, label, -lm_weight)
-            grad = grad.to(hidden.dtype)
-            if need_hidden:
-                torch.mm(grad, head, out=hidden_grad[rows])
-            if need_head:
-                if hidden.dtype == wide:
-                    head_grad.addmm_(grad.T, hidden[rows], beta=int(start > 0))
-                else:
-                    (head_grad.add_ if start else head_grad.copy_)(grad.T @ hidden[rows])
-        ctx.grads = hidden_grad, head_grad if head_grad is None else head_grad.to(head.dtype)
-        ctx.mark_non_differentiable(lm, kl, teacher_lm)
-        loss = lm_scale * lm.sum() + kl_scale * temperature**2 * kl.sum()
-        return loss, lm, kl, teacher_lm
+            grad = torch.autograd.grad(loss, z)[0].to(hidden.dtype)
+            if needs_hidden:
+                hidden_grad[rows] = grad @ head
+            if needs_head:
+                accumulate_product(head_grad, grad.T, hidden[rows])
+        ctx.grads = hidden_grad, None if head_grad is None else head_grad.to(head.dtype)
+        ctx.mark_non_differentiable(*costs.values())
+        loss = lm_scale * costs["lm"].sum() + kl_scale * temperature**2 * costs["kl"].sum()
+        return loss, *costs.values()
 
     @staticmethod
     def backward(ctx, scale, *_):
@@ -449,14 +465,14 @@ class ChunkedLoss(torch.autograd.Function):
         )
         ctx.grads = None, None
         scaled = (None if grad is None else grad.mul_(scale) for grad in (hidden_grad, head_grad))
-        return *scaled, None, None, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None
 
 
 def loss_chunk(vocab_size: int, device: torch.device) -> int:
     """Tokens per chunk of the loss head: up to 48 MB of float32 logits a buffer on a CPU, 512 MB on a GPU."""
     if device.type == "cuda":
-        return max(32, 2**27 // vocab_size)
-    return max(32, min(512, 12 * 2**20 // vocab_size // 32 * 32))
+        return max(128, 2**27 // vocab_size // 128 * 128)
+    return max(32, min(512, 6 * 2**20 // vocab_size // 32 * 32))
 
 
 def head_loss(
@@ -469,6 +485,7 @@ def head_loss(
     temperature=1.0,
     num_labels=None,
     share=1,
+    loss_function=chunk_loss,
 ):
     """The loss of final hidden states [B, T, D] under head [V, D]; see ChunkedLoss. teacher: (hidden, head)
     or None.
@@ -484,8 +501,8 @@ def head_loss(
     teacher_hidden, teacher_head = (teacher[0].flatten(0, 1), teacher[1]) if teacher else (None, None)
     loss, lm, kl, teacher_lm = ChunkedLoss.apply(
         hidden.flatten(0, 1), head, labels, teacher_hidden, teacher_head,
-        lm_weight / num_labels, kl_weight * share / tokens, temperature,
-        loss_chunk(head.shape[0], head.device),
+        (lm_weight / num_labels, kl_weight * share / tokens, temperature),
+        loss_chunk(head.shape[0], head.device), loss_function,
     )  # fmt: skip
     result = {"loss": loss, "lm": lm.sum() / num_labels, "token_lm": lm.view(hidden.shape[:-1])}
     if teacher:
@@ -498,30 +515,51 @@ def head_loss(
 # ---- weights for several batches
 
 
-class Held(dict):
-    """A dict that pytrees do not look into: FSDP would gather every gradient in it before it keeps one."""
+class Held:
+    """Weights on which the gradients of several batches gather: `weights`, a tree of leaves.
+
+    Not a dict itself: FSDP looks for tensors in dicts, lists and dataclasses among the arguments of a forward
+    pass, and would wait for the gradients of all these before it frees one.
+    """
+
+    def __init__(self, weights: dict):
+        self.weights = weights
 
 
-def hold(weights: dict) -> dict:
-    """A model's weights as leaves on which the gradients of several batches gather, in float32 at least."""
+def hold(weights: dict, accumulate: bool) -> Held:
+    """A model's weights as leaves of their own. accumulate: gradients of several batches add up on them, in
+    float32 at least; else they keep the dtype of the weights, to which they are cast in the end."""
 
     def leaf(weight: Tensor) -> Tensor:
         held = weight.detach().requires_grad_(weight.requires_grad)
-        if held.requires_grad:
+        if held.requires_grad and accumulate:
             held.grad_dtype = torch.promote_types(weight.dtype, torch.float32)
         return held
 
     return Held(tree_map(leaf, weights))
 
 
-def release(weights: dict, held: dict) -> None:
-    """Takes the gradients gathered on `held` back to what is trained, a layer at a time (for FSDP)."""
-    rest = [{name: w for name, w in tree.items() if name != "layers"} for tree in (weights, held)]
-    for part, held_part in (rest, *reversed(list(zip(weights["layers"], held["layers"], strict=True)))):
-        pairs = [(w, h) for w, h in zip(tree_leaves(part), tree_leaves(held_part), strict=True)]
-        pairs = [(w, h.grad.to(w.dtype)) for w, h in pairs if h.grad is not None]
+def release(weights: dict, held: Held, before_layer: Callable[[int], None] = lambda i: None) -> None:
+    """Takes the gradients gathered on `held` back to what is trained, the layers from the last to the first.
+
+    before_layer(i) is called before layer i's turn. Both trees are used up: a gradient is freed once taken.
+    """
+
+    def take(part: dict, held_part: dict) -> None:
+        pairs = zip(tree_leaves(part), tree_leaves(held_part), strict=True)
+        pairs = [(weight, leaf) for weight, leaf in pairs if leaf.grad is not None]
+        gradients = [leaf.grad.to(weight.dtype) for weight, leaf in pairs]
+        for _, leaf in pairs:
+            leaf.grad = None
         if pairs:
-            torch.autograd.backward([w for w, _ in pairs], [grad for _, grad in pairs])
+            torch.autograd.backward([weight for weight, _ in pairs], gradients)
+
+    layers = weights.pop("layers")
+    held_layers = held.weights.pop("layers")
+    take(weights, held.weights)
+    for i in reversed(range(len(layers))):
+        before_layer(i)
+        take(layers.pop(), held_layers.pop())
 
 
 # ---- a plain model
@@ -548,8 +586,9 @@ class Llama(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.config, self.dtype, self.sharded = config, dtype, False
+        self.config, self.dtype = config, dtype
         self.run_block = plain_block  # train.py may compile or checkpoint it
+        self.chunk_loss = chunk_loss  # and compile this
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.Parameter(torch.empty(config.hidden_size))
@@ -572,13 +611,11 @@ class Llama(nn.Module):
 
     def forward(self) -> dict:
         """The weights to compute with: {"layers": [{name: weight}], "embedding", "head", "norm"}."""
-        # FSDP frees what it gathered
-        kept = functools.partial(tree_map, torch.clone) if self.sharded else dict
-        return {
-            "layers": [layer(kept, self.dtype) for layer in self.layers],
-            **kept({"embedding": self.embedding.to(self.dtype), "norm": self.norm.to(self.dtype)}),
-            **({} if self.head is None else kept({"head": self.head.to(self.dtype)})),
-        }
+        weights = {"layers": [layer(dict, self.dtype) for layer in self.layers]}
+        weights |= {"embedding": self.embedding.to(self.dtype), "norm": self.norm.to(self.dtype)}
+        if self.head is not None:
+            weights["head"] = self.head.to(self.dtype)
+        return weights
 
     def hidden_states(self, ids: Tensor, positions=None, mask=None, caches=None, weights=None) -> Tensor:
         """ids [B, T] -> final normed hidden states [B, T, D]. caches: one (keys, values, start) a layer."""
@@ -599,16 +636,16 @@ class Llama(nn.Module):
     ) -> dict[str, Tensor]:
         """The next-token loss of ids [B, T] against labels [B, T], already shifted (-100: no label).
 
-        weights: forward()'s result, where several batches share it. documents [B, T]: numbers the documents
-        of a block, which then do not see each other.
+        weights: forward()'s result, where several batches share it, or that held. documents: document_layout's
+        result, where the documents of a block do not see each other.
         """
-        weights = weights or self()
-        positions, mask = None, None
-        if documents is not None:
-            positions, mask = within_documents(documents, ids.device, self.dtype)
+        weights = weights.weights if isinstance(weights, Held) else weights or self()
+        positions, mask = documents or (None, None)
         hidden = self.hidden_states(ids, positions, mask, weights=weights)
         head = weights.get("head", weights["embedding"])
-        return head_loss(hidden, head, labels, num_labels=num_labels, share=share)
+        return head_loss(
+            hidden, head, labels, num_labels=num_labels, share=share, loss_function=self.chunk_loss
+        )
 
 
 # ---- the low-rank clone
@@ -657,7 +694,7 @@ class CloneLayer(nn.Module):
 
     def __init__(self, d_t: int, clone: CloneConfig):
         super().__init__()
-        d_s, self.sharded = clone.student_hidden_size, False
+        d_s = clone.student_hidden_size
         self.home = {name: name for name in (*READS, *WRITES)}
         self.compared = [PROJECTION_OF[term] for term in clone.terms() if term in PROJECTION_OF]
         if clone.share_qkv:
@@ -678,8 +715,7 @@ class CloneLayer(nn.Module):
         if "o_bias" in teacher:
             w["o_bias"] = teacher["o_bias"] @ p["o"]
         own = {"input_norm": self.input_norm.to(dtype), "post_norm": self.post_norm.to(dtype)}
-        own |= {f"P_{name}": p[name] for name in self.compared}
-        return w | (tree_map(torch.clone, own) if self.sharded else own)  # FSDP frees what it gathered
+        return w | own | {f"P_{name}": p[name] for name in self.compared}
 
     def forward(self, teacher: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
         """compose(), both layers gathered under FSDP."""
@@ -759,6 +795,7 @@ class LowRankClone(nn.Module):
             )
         self.teacher = teacher.requires_grad_(False)
         self.run_block = clone_block  # train.py may compile or checkpoint it
+        self.chunk_loss = chunk_loss  # and compile this
         self.clone = CloneConfig(student_hidden_size, **options)
         c, layers = self.clone, range(teacher.config.num_hidden_layers)
         for name, given, allowed in (
@@ -776,7 +813,7 @@ class LowRankClone(nn.Module):
             rms_norm_eps=self.clone.student_rms_norm_eps,
             tie_word_embeddings=teacher.config.tie_word_embeddings and self.clone.tie_head_projection,
         )
-        self.sharded, self.term_scale = False, 1.0
+        self.term_scale = 1.0
         self.layers = nn.ModuleList(CloneLayer(d_t, self.clone) for _ in teacher.layers)
         self.norm = nn.Parameter(torch.empty(d_s))
         self.embedding_projection = nn.Parameter(torch.empty(d_t, d_s))
@@ -877,7 +914,7 @@ class LowRankClone(nn.Module):
                 layer(teacher, dtype) for layer, teacher in zip(self.layers, self.teacher.layers, strict=True)
             ],
             "head": self.teacher.head_weight() @ p_head,
-            **(tree_map(torch.clone, own) if self.sharded else own),
+            **own,
         }
 
     def loss(
@@ -892,11 +929,9 @@ class LowRankClone(nn.Module):
         CloneConfig.terms(). At temperature 1 also "teacher_lm".
         """
         clone, teacher = self.clone, self.teacher
-        student = weights or self()
+        student = weights.weights if isinstance(weights, Held) else weights or self()
         names = clone.terms() if clone.clone_weight else []
-        positions, mask = torch.arange(ids.shape[1], device=ids.device), None
-        if documents is not None:
-            positions, mask = within_documents(documents, ids.device, teacher.dtype)
+        positions, mask = documents or (torch.arange(ids.shape[1], device=ids.device), None)
         rope = rope_table(self.config, positions)
         x_t = F.embedding(ids, teacher.embedding).to(teacher.dtype)
         x_s = x_t @ student["embedding_projection"]
@@ -911,7 +946,8 @@ class LowRankClone(nn.Module):
         x_s = rms_norm(x_s, student["norm"], self.config.rms_norm_eps)
         temperature = clone.kl_temperature if temperature is None else temperature
         scales = (clone.lm_weight, clone.kl_weight, temperature, num_labels, share)
-        result = head_loss(x_s, student["head"], labels, (x_t, teacher.head_weight()), *scales)
+        teacher_head = (x_t, teacher.head_weight())
+        result = head_loss(x_s, student["head"], labels, teacher_head, *scales, self.chunk_loss)
         result["terms"] = torch.stack(rows) * share * (self.term_scale if names else 1.0)
         result["clone"] = result["terms"].sum()
         result["loss"] = result["loss"] + clone.clone_weight * result["clone"]
@@ -922,7 +958,9 @@ class LowRankClone(nn.Module):
         entropy of the singular values of [B · T, D], normalised to sum 1 (Roy & Vetterli, 2007)."""
 
         def effective_rank(x: Tensor) -> float:
-            p = torch.linalg.svdvals(x.flatten(0, 1).float())
+            # The singular values are the roots of the Gram matrix's eigenvalues, and that is only D x D.
+            tokens = x.flatten(0, 1).double()
+            p = torch.linalg.eigvalsh(tokens.T @ tokens).clamp(min=0).sqrt()
             p = p / p.sum()
             return torch.special.entr(p).sum().exp().item()
 

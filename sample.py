@@ -6,6 +6,8 @@ python sample.py --model=student --num_samples=4 --temperature=0.8 --top_p=0.95 
 python sample.py --model=student --chat=True    # a conversation, by the model's own template
 """
 
+from typing import Literal
+
 model = "out/quickstart"  # Hugging Face directory, checkpoint, or out_dir (its last checkpoint)
 teacher: str | None = None  # directory of a clone's teacher, where it is not where the checkpoint says
 tokenizer: str | None = None  # directory of the tokenizer; None: the model's own
@@ -19,6 +21,7 @@ top_k = 0  # sample among the k likeliest tokens; 0: among all
 top_p = 1.0  # sample among the likeliest tokens that together have this probability
 seed = 1  # of the sampling
 device: str | None = None  # None: cuda where there is one, or cpu
+dtype: Literal["float32", "bfloat16"] | None = None  # to compute in; None: bfloat16 on cuda, float32 on cpu
 compile = False  # compile the layers, for a GPU; on a CPU the packed weights of the default are faster
 
 if __name__ == "__main__":
@@ -214,7 +217,8 @@ def main() -> None:
             f"{directory} has {tokens.get_vocab_size()} tokens; {model} has {llama.config.vocab_size}"
         )
     llama = llama.merge() if isinstance(llama, models.LowRankClone) else llama
-    decoder = Decoder(llama.to(where), compile)
+    llama.dtype = getattr(torch, dtype or ("bfloat16" if where.type == "cuda" else "float32"))
+    decoder = Decoder(llama.to(where, llama.dtype), compile)
     del llama  # packed weights are copies
     bos, eos = special_ids(tokens, directory)
     stop_ids = ending_ids(eos, decoder.config, directory)

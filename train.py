@@ -42,7 +42,7 @@ clone_skip_layers: tuple = ()  # layers without clone losses, by index
 data: str | dict | None = "data/quickstart/corpus"  # shard directory, or {directory: token budget or None}
 seq_len = 256  # tokens in a block
 global_batch_size = 16  # blocks a step, over all devices and micro-batches
-micro_batch_size = 16  # blocks of one forward pass on each device; the rest of a step is accumulated
+micro_batch_size = 16  # most blocks of one forward pass on each device; the rest of a step is accumulated
 mask_documents = False  # attention and positions restart where a document ends
 sft = False  # fine-tune a plain LM on prepare.py's SFT rows: loss on the assistant's tokens only
 seed = 1  # of the initial weights and the order of the data
@@ -63,7 +63,6 @@ out_dir = "out/quickstart"  # checkpoints and metrics.jsonl; must be new, or res
 resume = False  # go on from the last checkpoint in out_dir, if there is one
 save_every = 1000  # steps between checkpoints, besides the one at the end; 0: none at all
 keep_last = 2  # checkpoints to keep
-async_save = False  # write checkpoints while training goes on, from a copy of them in CPU memory
 log_every = 10  # steps between lines of metrics.jsonl
 eval_every = 500  # steps between evaluations on held-out blocks, besides the one at the end; 0: none at all
 eval_blocks = 128  # held-out blocks of an evaluation
@@ -73,7 +72,7 @@ wandb = False  # log to Weights & Biases too, where installed; what goes wrong t
 wandb_project = "low-rank-clone"  # there
 run_name: str | None = None  # there; None: out_dir
 tags: tuple = ()  # there
-compile = False  # torch.compile of one layer, used for all
+compile: bool | None = None  # torch.compile of a layer (one, used for all) and of the loss; None: on cuda
 activation_checkpointing = False  # keep only the layers' inputs; each layer runs again in backward
 benchmark = False  # time every step; at the end, FLOPs by part and the fraction of the matmul rate achieved
 parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: replicas of everything, or shards (FSDP2)
@@ -99,7 +98,6 @@ import signal
 import statistics
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -113,9 +111,15 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint import load as load_distributed
 from torch.distributed.checkpoint import save as save_distributed
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -171,14 +175,20 @@ def peak_memory_gib(where: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def over_ranks(values: torch.Tensor, operation=dist.ReduceOp.SUM, group=None) -> torch.Tensor:
+def over_ranks(values: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
     if WORLD_SIZE > 1:
-        dist.all_reduce(values, operation, group)
+        dist.all_reduce(values, operation)
     return values
 
 
-def on_any_rank(flag: bool, group=None) -> bool:
-    return bool(over_ranks(torch.tensor(int(flag)), dist.ReduceOp.MAX, group).item())
+def on_any_rank(flag: bool) -> bool:
+    return bool(over_ranks(torch.tensor(int(flag)), dist.ReduceOp.MAX).item())
+
+
+def from_rank_0(tensors: list[torch.Tensor]) -> None:
+    """Writes rank 0's values into those of the others: two machines may compute other signs of eigenvectors."""
+    for tensor in tensors if WORLD_SIZE > 1 else ():
+        dist.broadcast(tensor.detach(), 0)
 
 
 def distribute(model, where: torch.device, compute_dtype: torch.dtype):
@@ -194,17 +204,51 @@ def distribute(model, where: torch.device, compute_dtype: torch.dtype):
     mesh = init_device_mesh(where.type, sizes, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     llamas = [model, model.teacher] if isinstance(model, models.LowRankClone) else [model]
-    for llama in llamas:
-        llama.sharded = True
-        for layer in llama.layers:
-            layer.sharded = True
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in [*(layer for llama in llamas for layer in llama.layers), model]:
+        module.register_forward_hook(copy_parameters)  # before FSDP's own, which frees them
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    # What belongs to no layer is gathered once a step, for all of its passes: reshard_root() ends that.
     model.set_reshard_after_backward(False, recurse=False)
     for method in ("loss", "effective_ranks"):  # besides forward(), which makes the weights
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
     return model
+
+
+def copy_parameters(module, arguments, output):
+    """What a module returns, with copies in place of its own parameters, which FSDP frees after the call."""
+    return tree_map(lambda value: value.clone() if isinstance(value, torch.nn.Parameter) else value, output)
+
+
+def release(model, weights: dict, held: models.Held) -> None:
+    """models.release; under FSDP each layer is gathered while the one after it goes backward."""
+
+    def gather_next(i: int) -> None:
+        # Until the last backward FSDP must not tidy up, or it throws away what is being gathered.
+        model.set_is_last_backward(i == 0)
+        if i > 0:
+            model.layers[i - 1].unshard(async_op=True)
+            if isinstance(model, models.LowRankClone):
+                model.teacher.layers[i - 1].unshard(async_op=True)
+
+    if isinstance(model, FSDPModule):
+        models.release(weights, held, gather_next)
+    else:
+        models.release(weights, held)
+
+
+def reshard_root(model) -> None:
+    """Ends a step or an evaluation under FSDP. Between them named_parameters() gives the sharded parameters
+    that train and are saved, never gathered copies of them."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def trained_parameters(model) -> dict[str, torch.Tensor]:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if isinstance(model, FSDPModule):
+        assert all(isinstance(p, DTensor) for p in parameters.values()), "a gathered copy is no parameter"
+    return parameters
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -213,6 +257,16 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 # ---- pieces of the loop that are longer than their names
+
+
+def split_batch() -> tuple[int, int]:
+    """(blocks of a forward pass on each process, forward passes of a step): the largest passes that have equal
+    size and at most micro_batch_size blocks."""
+    share, rest = divmod(global_batch_size, WORLD_SIZE)
+    if rest or not share:
+        raise ValueError(f"global_batch_size is {global_batch_size}; it must divide by {WORLD_SIZE} processes")
+    size = max(n for n in range(1, min(micro_batch_size, share) + 1) if share % n == 0)
+    return size, share // size
 
 
 def learning_rate_at(step: int, steps: int) -> float:
@@ -291,7 +345,7 @@ def forward(model, weights, blocks, first: int, count: int, whole: int, labels: 
         tokens = to_device(blocks.batch(first, count), where)
         ids, targets = tokens[:, :-1], tokens[:, 1:]
     if mask_documents:
-        options["documents"] = torch.from_numpy(blocks.documents(first, count)[:, :-1])
+        options["documents"] = models.document_layout(blocks.documents(first, count)[:, :-1], where)
     losses = model.loss(ids, targets, weights, num_labels=labels, share=count / whole, **options)
     named = {
         name: losses[name].detach() for name in ("loss", "lm", "kl", "clone", "teacher_lm") if name in losses
@@ -329,15 +383,38 @@ def averages(sums: dict[str, torch.Tensor], steps: int) -> dict[str, float | lis
     return means | ({"terms_by_layer": terms} if terms else {})
 
 
+def backward_step(model, make_weights, blocks, step: int, where: torch.device) -> dict:
+    """Leaves the gradients of an optimizer step on the trained parameters; returns the sums of its metrics.
+
+    The weights are made once a step. Where several passes share them, and under FSDP, gradients gather on a
+    held copy of them and are synchronised once, when that is released. Losses are shares of the batch's.
+    """
+    size, passes = split_batch()
+    weights, sums = make_weights(), {}
+    holds = passes > 1 or isinstance(model, FSDPModule)
+    shared = models.hold(weights, accumulate=passes > 1) if holds else weights
+    labels = count_labels(blocks, step * global_batch_size, global_batch_size)
+    for i in range(passes):
+        first = step * global_batch_size + (i * WORLD_SIZE + RANK) * size
+        loss, values = forward(model, shared, blocks, first, size, global_batch_size, labels, where)
+        # DDP and FSDP average over the ranks; a loss that is not finite makes every gradient so
+        (loss * (WORLD_SIZE + 0.0 * loss.detach())).backward()
+        add(sums, values)
+    if holds:
+        release(model, weights, shared)
+    reshard_root(model)
+    return sums
+
+
 @torch.no_grad()
 def evaluate(model, heldout: Mixture, where: torch.device) -> dict:
     """Means over the first eval_blocks held-out blocks, shared among the ranks; losses at T = 1."""
     options = {"temperature": 1.0} if isinstance(model, models.LowRankClone) else {}
     weights, blocks, sums = model(), min(eval_blocks, heldout.total), {}
-    labels = count_labels(heldout, 0, blocks)
-    for first in tqdm(range(0, blocks, micro_batch_size * WORLD_SIZE), desc="evaluating", leave=False, **BAR):
-        first += RANK * micro_batch_size
-        count = min(micro_batch_size, blocks - first)
+    labels, (size, _) = count_labels(heldout, 0, blocks), split_batch()
+    for first in tqdm(range(0, blocks, size * WORLD_SIZE), desc="evaluating", leave=False, **BAR):
+        first += RANK * size
+        count = min(size, blocks - first)
         mine = count > 0  # or run along, for those whose weights are sharded
         begin, count = (first, count) if mine else (0, 1)
         _, values = forward(model, weights, heldout, begin, count, blocks, labels, where, **options)
@@ -346,6 +423,7 @@ def evaluate(model, heldout: Mixture, where: torch.device) -> dict:
     if options:
         ids = heldout.batch(0, min(2, blocks))[:, :-1]
         result |= model.effective_ranks(to_device(ids, where), weights)
+    reshard_root(model)
     return {f"val_{name}": value for name, value in result.items() if name != "loss"}
 
 
@@ -424,35 +502,21 @@ TRAJECTORY = (
 def adam_state(model, optimizer) -> dict[str, torch.Tensor]:
     """{parameter.exp_avg, parameter.exp_avg_sq: the optimizer's own tensors}, zeros before its first step."""
     state = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            values = optimizer.state[p]
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[f"{name}.{key}"] = values.setdefault(key, torch.zeros_like(p.detach()))
-            values.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
+    for name, p in trained_parameters(model).items():
+        values = optimizer.state[p]
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[f"{name}.{key}"] = values.setdefault(key, torch.zeros_like(p.detach()))
+        values.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
     return state
 
 
-def prepare_save(model, optimizer, step: int) -> tuple:
-    """What save_checkpoint takes: trained tensors, AdamW's moments, state.json, DCP's writer of the moments;
-    the tensors are copies in CPU memory with async_save."""
-    path = Path(out_dir) / f"step_{step:08d}.partial"
-    tensors = {name: full(p.detach()).float() for name, p in model.named_parameters() if p.requires_grad}
+def save_checkpoint(model, optimizer, step: int, tokenizer_dir: str | None, teacher_print: str | None) -> Path:
+    """out_dir/step_00001000, renamed from another name when whole; OSError on every rank where one fails."""
+    path = Path(out_dir) / f"step_{step:08d}"
+    partial, error = path.with_name(path.name + ".partial"), None
+    tensors = {name: full(p.detach()).float() for name, p in trained_parameters(model).items()}
     moments = adam_state(model, optimizer)
     taken = next((int(values["step"]) for values in optimizer.state.values()), 0)
-    writer = HuggingFaceStorageWriter(str(path / "trainer"), save_distributed=True)
-    if async_save:
-        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()} if RANK == 0 else {}
-        moments = writer.stage(moments)
-    return tensors, moments, {"step": step, "optimizer_steps": taken, "options": options}, writer
-
-
-def save_checkpoint(
-    model, tensors, moments, state, writer, tokenizer_dir: str | None, teacher_print: str | None, group=None
-) -> Path:
-    """out_dir/step_00001000, renamed from another name when whole; OSError on every rank where one fails."""
-    path = Path(out_dir) / f"step_{state['step']:08d}"
-    partial, error = path.with_name(path.name + ".partial"), None
     try:
         if RANK == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -461,15 +525,17 @@ def save_checkpoint(
                 models.save_clone(model, partial, teacher, tokenizer_dir, tensors, teacher_print)
             else:
                 models.save_model(model, partial, torch.float32, tokenizer_dir, state=tensors)
+            state = {"step": step, "optimizer_steps": taken, "options": options}
             (partial / "trainer" / "state.json").write_text(json.dumps(state, indent=2))
     except (OSError, SafetensorError) as failure:
         error = failure
-    if not on_any_rank(error is not None, group):
+    if not on_any_rank(error is not None):
         try:
-            save_distributed(moments, storage_writer=writer, process_group=group, no_dist=WORLD_SIZE == 1)
+            writer = HuggingFaceStorageWriter(str(partial / "trainer"), save_distributed=True)
+            save_distributed(moments, storage_writer=writer, no_dist=WORLD_SIZE == 1)
         except (OSError, SafetensorError, CheckpointException) as failure:
             error = failure
-    if on_any_rank(error is not None, group):
+    if on_any_rank(error is not None):
         if RANK == 0:
             shutil.rmtree(partial, ignore_errors=True)
         cause = str(error or "on another rank").strip().splitlines()[-1]
@@ -479,7 +545,7 @@ def save_checkpoint(
         partial.rename(path)
         for old in models.checkpoints(out_dir)[: -max(1, keep_last)]:
             shutil.rmtree(old)
-    on_any_rank(False, group)  # no rank goes on, or ends, before the name is there
+    on_any_rank(False)  # no rank goes on, or ends, before the name is there
     return path
 
 
@@ -571,12 +637,7 @@ def main() -> None:
         raise ValueError("eval_only evaluates the model of init_from, which is None: name its directory")
     where = start_device()
     compute_dtype = getattr(torch, dtype or ("bfloat16" if where.type == "cuda" else "float32"))
-    accumulation, rest = divmod(global_batch_size, micro_batch_size * WORLD_SIZE)
-    if rest or not accumulation:
-        raise ValueError(
-            f"global_batch_size {global_batch_size} is no multiple of micro_batch_size {micro_batch_size} "
-            f"on {WORLD_SIZE} processes"
-        )
+    size, passes = split_batch()
     if WORLD_SIZE % replicas or (replicas > 1 and parallel == "ddp"):
         raise ValueError(f"replicas is {replicas}; it must divide {WORLD_SIZE} processes, with parallel=fsdp")
     if isinstance(teacher, dict) and save_every:
@@ -587,7 +648,10 @@ def main() -> None:
         raise ValueError(
             "sft fine-tunes a plain LM, a row a chat: set teacher to None, mask_documents to False"
         )
-    if compile:
+    if mask_documents and where.type == "cuda" and compute_dtype == torch.float32:
+        raise ValueError("mask_documents on a GPU needs dtype bfloat16: its attention has no float32")
+    compiled = where.type == "cuda" if compile is None else compile
+    if compiled:
         models.need_compiler(where)
     # by torchrun, after a rank died; only the node of that rank is told
     restarted = on_any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
@@ -603,7 +667,7 @@ def main() -> None:
     train_data, heldout = open_data(model.config.vocab_size, tokenizer_dir)
     steps = max_steps or max(1, round(epochs * train_data.total / global_batch_size))
 
-    covariance = None
+    covariance, scaled = None, clone and clone_scale == "teacher"
     if clone and (clone_scale == "teacher" or init in ("channel", "pca")):
         few = max(1, 2**14 // seq_len)  # the same on any number of processes, and when resumed
         covariance = model.calibrate(to_device(train_data.batch(0, few)[:, :-1], where))
@@ -614,13 +678,15 @@ def main() -> None:
     else:
         model.init_weights(seed)
     del covariance
+    from_rank_0([*trained_parameters(model).values(), *([model.term_scale] if scaled else [])])
     if eval_only:
         return report_evaluation(model, heldout, where)
     teacher_print = models.fingerprint(model.teacher) if clone else None
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
-    if compile:
+    if compiled:
         model.run_block = torch.compile(model.run_block)
+        model.chunk_loss = torch.compile(model.chunk_loss)
     if activation_checkpointing:
         model.run_block = functools.partial(checkpoint, model.run_block, use_reentrant=False)
     make_weights = distribute(model, where, compute_dtype)
@@ -642,7 +708,7 @@ def main() -> None:
         say(f"teacher: {frozen:,} parameters, frozen; hidden size {model.teacher.config.hidden_size}")
     say(f"{role}: {trained:,} trained parameters; hidden size {model.config.hidden_size}")
     passes = steps * global_batch_size / train_data.total
-    split = f"{accumulation} micro-batches, {WORLD_SIZE} processes"
+    split = f"{WORLD_SIZE} processes x {passes} micro-batches x {size} blocks"
     say(f"{steps:,} steps of {tokens_per_step:,} tokens: {split}")
     say(f"{steps * tokens_per_step:,} tokens in all, {passes:.2g} epochs of the data")
     if last:
@@ -664,10 +730,6 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
 
-    # with async_save a thread writes, whose collectives must not mix with the loop's
-    save_group = dist.new_group(backend="gloo") if async_save and WORLD_SIZE > 1 else None
-    thread, writing = ThreadPoolExecutor(1), None
-
     # ---- the loop
     done, stopping = start, False
     bar = tqdm(total=steps, initial=start, desc="training", unit="step", **BAR)
@@ -679,24 +741,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # The weights are made once a step; with accumulation, gradients gather on a held copy of them, and
-        # are synchronised once, when it is released. All losses are shares of the whole batch's.
-        weights = make_weights()
-        held = models.hold(weights) if accumulation > 1 or model.sharded else weights
-        labels = count_labels(train_data, step * global_batch_size, global_batch_size)
-        for micro in range(accumulation):
-            first = step * global_batch_size + (micro * WORLD_SIZE + RANK) * micro_batch_size
-            loss, values = forward(
-                model, held, train_data, first, micro_batch_size, global_batch_size, labels, where
-            )
-            # DDP and FSDP average over the ranks; a loss that is not finite makes every gradient so
-            (loss * (WORLD_SIZE + 0.0 * loss.detach())).backward()
-            add(sums, values)
-        if held is not weights:
-            models.release(weights, held)
-            if model.sharded:
-                model.reshard()
-        del weights, held, loss
+        add(sums, backward_step(model, make_weights, train_data, step, where))
 
         grad_norm = full(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
         bad = (~grad_norm.isfinite()).float()
@@ -731,14 +776,7 @@ def main() -> None:
             say(f"step {done}, held out: {shown(values)}", bar)
             since = time.perf_counter()
         if save_every and (done % save_every == 0 or last_step):
-            if writing:
-                writing.result()  # OSError, on every rank, where the one before could not be written
-            parts = (model, *prepare_save(model, optimizer, done), tokenizer_dir, teacher_print, save_group)
-            if async_save and not last_step:
-                writing = thread.submit(save_checkpoint, *parts)
-            else:
-                saved = save_checkpoint(*parts)
-            del parts
+            saved = save_checkpoint(model, optimizer, done, tokenizer_dir, teacher_print)
             since = time.perf_counter()
         if stopping:
             break

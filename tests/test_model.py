@@ -1,15 +1,20 @@
 """model.py against the authors' numbers, transformers, and the formulas written out."""
 
 import functools
+import inspect
 import json
 import shutil
+import types
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -281,7 +286,7 @@ def test_chunked_loss_equals_the_formula(chunk, temperature, teacher):
     scales = 0.7, 0.3, temperature
     x, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     inputs = teacher_inputs if teacher else (None, None)
-    loss, lm, kl, teacher_lm = ChunkedLoss.apply(x, w, labels, *inputs, *scales, chunk)
+    loss, lm, kl, teacher_lm = ChunkedLoss.apply(x, w, labels, *inputs, scales, chunk, model.chunk_loss)
     (3 * loss).backward()
     x64, w64 = hidden.double().requires_grad_(), head.double().requires_grad_()
     teacher_z = teacher_inputs[0].double() @ teacher_inputs[1].double().T if teacher else None
@@ -301,7 +306,9 @@ def test_chunked_loss_in_bfloat16(temperature):
     hidden, head, labels, teacher_hidden, teacher_head = loss_inputs(torch.bfloat16)
     scales = 0.7, 0.3, temperature
     x, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-    loss, lm, kl, _ = ChunkedLoss.apply(x, w, labels, teacher_hidden, teacher_head, *scales, 5)
+    loss, lm, kl, _ = ChunkedLoss.apply(
+        x, w, labels, teacher_hidden, teacher_head, scales, 5, model.chunk_loss
+    )
     loss.backward()
     x_direct, w_direct = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     z, teacher_z = (x_direct @ w_direct.T).float(), (teacher_hidden @ teacher_head.T).float()
@@ -487,7 +494,7 @@ def test_micro_batches_add_up_to_the_batch():
     expected = {name: p.grad.clone() for name, p in clone.trained().items()}
     clone.zero_grad()
     student, sums = clone(), dict.fromkeys(("loss", "lm", "kl", "clone"), 0.0)
-    held, num_labels = model.hold(student), (labels != -100).sum()
+    held, num_labels = model.hold(student, accumulate=True), (labels != -100).sum()
     for row in range(8):
         part = ids[row : row + 1], labels[row : row + 1]
         result = clone.loss(*part, num_labels=num_labels, share=1 / 8, weights=held)
@@ -646,7 +653,8 @@ def test_loss_head_gradcheck(temperature):
     labels = torch.tensor([3, -100, 0, 10, 5, -100, 1])
 
     def loss(x, w):
-        return ChunkedLoss.apply(x, w, labels, teacher_x, teacher_w, 0.3, 0.2, temperature, 3)[0]
+        scales = 0.3, 0.2, temperature
+        return ChunkedLoss.apply(x, w, labels, teacher_x, teacher_w, scales, 3, model.chunk_loss)[0]
 
     loss(x.requires_grad_(), w.requires_grad_()).backward()
     with torch.no_grad():  # central differences; torch's gradcheck would run backward twice on one graph
@@ -663,7 +671,7 @@ def test_loss_head_gradcheck(temperature):
 def test_masked_documents_do_not_see_each_other():
     clone, (ids, labels) = random_clone(), random_batch(1, 12)
     labels[:] = labels.clamp(min=0)
-    documents = torch.tensor([[0] * 5 + [1] * 7])
+    documents = model.document_layout(np.array([[0] * 5 + [1] * 7]), torch.device("cpu"))
     together = clone.loss(ids, labels, documents=documents)
     apart = [clone.loss(ids[:, part], labels[:, part]) for part in (slice(0, 5), slice(5, 12))]
     expected = torch.cat([losses["token_lm"] for losses in apart], dim=1)
@@ -673,52 +681,89 @@ def test_masked_documents_do_not_see_each_other():
     assert relative(alone, expected) < TOLERANCE
 
 
-def test_flash_attention_is_called_as_documented(monkeypatch):
-    """A double that checks layout, dtype, causal flag and grouped heads, and computes by SDPA."""
+def document_bounds(documents):
+    """document_layout as on CUDA, its tensors where this PyTorch can have them."""
+    device = types.SimpleNamespace(type="cuda")
+    with patch.object(torch.Tensor, "to", lambda tensor, *arguments, **options: tensor):
+        return model.document_layout(documents, device)
+
+
+@pytest.mark.parametrize("kernel", ["flash_attn_varlen_func", "varlen_attn"])
+def test_kernels_of_a_gpu_are_called_as_documented(kernel, monkeypatch):
+    """A double for each that checks layout, dtype, causality and grouped heads, and computes by SDPA. PyTorch's
+    own must also take the call by its signature."""
     calls = []
 
-    def by_sdpa(q, k, v, mask=None):
-        q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
-        options = {"attn_mask": mask} if mask is not None else {"is_causal": True}
-        return F.scaled_dot_product_attention(q, k, v, **options, enable_gqa=True).transpose(-3, -2)
-
-    def check(q, k, v, dimensions):
+    def check(q, k, v, bounds_q, bounds_k, longest_q, longest_k):
         assert q.dtype == k.dtype == v.dtype == torch.bfloat16
-        assert q.ndim == dimensions and k.shape == v.shape and all(x.stride(-1) == 1 for x in (q, k, v))
+        assert q.ndim == 3 and k.shape == v.shape and all(x.stride(-1) == 1 for x in (q, k, v))
         assert q.shape[-2:] == (4, 8) and k.shape[-2:] == (2, 8)  # heads, then head_dim
-
-    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
-        check(q, k, v, 4)
-        assert causal and q.shape[:2] == k.shape[:2] == (2, 12)
-        calls.append("func")
-        return by_sdpa(q, k, v)
+        assert bounds_q is bounds_k and bounds_q.dtype == torch.int32
+        assert bounds_q.tolist() == [0, 5, 12, 24] and longest_q == longest_k == 12
+        calls.append(kernel)
+        document = torch.bucketize(torch.arange(24), bounds_q, right=True)
+        mask = (document[:, None] == document) & torch.ones(24, 24, dtype=torch.bool).tril()
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(0, 1)
 
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
         causal=False,
     ):  # fmt: skip
-        check(q, k, v, 3)
-        assert causal and cu_seqlens_q is cu_seqlens_k and cu_seqlens_q.dtype == torch.int32
-        assert cu_seqlens_q.tolist() == [0, 5, 12, 24] and max_seqlen_q == max_seqlen_k == 12
-        calls.append("varlen")
-        document = torch.bucketize(torch.arange(24), cu_seqlens_q, right=True)
-        mask = (document[:, None] == document) & torch.ones(24, 24, dtype=torch.bool).tril()
-        return by_sdpa(q, k, v, mask)
+        assert causal
+        return check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 
-    monkeypatch.setattr(model, "flash_attn_func", flash_attn_func)
-    monkeypatch.setattr(model, "flash_attn_varlen_func", flash_attn_varlen_func)
+    signature = inspect.signature(model.varlen_attn)
+
+    def varlen_attn(*arguments, **options):
+        given = signature.bind(*arguments, **options).arguments
+        assert given.pop("window_size") == (-1, 0) and given.pop("enable_gqa")  # causal, grouped
+        return check(*given.values())
+
+    monkeypatch.setattr(model, "flash_attn_varlen_func", None)
+    monkeypatch.setattr(model, kernel, locals()[kernel])
     llama = random_llama(num_attention_heads=4, num_key_value_heads=2)
     llama.dtype = torch.bfloat16
     clone, (ids, labels) = random_clone(llama), random_batch(2, 12)
-    documents = torch.tensor([[0] * 5 + [1] * 7, [2] * 12])
-    plain = clone.loss(ids, labels), clone.loss(ids, labels, documents=documents)
+    documents = np.array([[0] * 5 + [1] * 7, [2] * 12])
+    masked = clone.loss(ids, labels, documents=model.document_layout(documents, torch.device("cpu")))
     assert not calls
-    monkeypatch.setattr(model, "flash_runs", lambda device, dtype: dtype == torch.bfloat16)
-    flash = clone.loss(ids, labels), clone.loss(ids, labels, documents=documents)
-    assert calls == ["func"] * 4 + ["varlen"] * 4  # teacher and student, two layers
-    for a, b in zip(flash, plain, strict=True):
-        assert relative(a["token_lm"], b["token_lm"]) < 0.01  # bfloat16
-    flash[1]["loss"].backward()
+    losses = clone.loss(ids, labels, documents=document_bounds(documents))
+    assert calls == [kernel] * 4  # teacher and student, two layers
+    assert relative(losses["token_lm"], masked["token_lm"]) < 0.01  # bfloat16
+    losses["loss"].backward()
+
+
+def test_torch_has_the_kernel_for_lengths_that_vary():
+    """The operator behind varlen_attn takes our arguments and gives a shape; there is no CPU kernel to run."""
+    with FakeTensorMode():
+        q, k = (torch.empty(24, heads, 8, dtype=torch.bfloat16, device="cuda") for heads in (4, 2))
+        bounds = torch.empty(4, dtype=torch.int32, device="cuda")
+        out = model.varlen_attn(q, k, k, bounds, bounds, 12, 12, window_size=(-1, 0), enable_gqa=True)
+    assert out.shape == q.shape
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_compiled_training_has_no_graph_breaks_and_few_recompiles(documents):
+    """Five batches of documents that differ, forward and backward, with checkpointing and accumulation."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    clone = random_clone()
+    layer = torch.compile(clone.run_block, backend="aot_eager", fullgraph=True)
+    clone.run_block = functools.partial(checkpoint, layer, use_reentrant=False)
+    clone.chunk_loss = torch.compile(clone.chunk_loss, backend="aot_eager", fullgraph=True)
+    for seed in range(5):
+        weights = clone()
+        held = model.hold(weights, accumulate=True)
+        for _ in range(2):
+            numbers = np.sort(np.random.default_rng(seed).integers(0, 2 + seed, (2, 12)), axis=1)
+            layout = model.document_layout(numbers, torch.device("cpu")) if documents else None
+            clone.loss(*random_batch(2, 12, seed=seed), weights=held, documents=layout)["loss"].backward()
+        model.release(weights, held)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 2 + 2  # a layer and a chunk, two recompiles at most
 
 
 FLOPS_OPTIONS = (

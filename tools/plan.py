@@ -143,24 +143,38 @@ class Pass(torch.nn.Module):
         return function(*args)
 
 
+class FusedLoss(torch.autograd.Function):
+    """What the chunk's loss keeps and makes on a GPU, where it is compiled: of the logits' size only their
+    gradient; on a CPU that is not compiled a tensor for every operation."""
+
+    @staticmethod
+    def forward(ctx, logits, teacher_logits):
+        ctx.save_for_backward(logits, teacher_logits)
+        return logits.new_empty(len(logits)), logits.new_empty(len(logits))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return torch.empty_like(ctx.saved_tensors[0]), None
+
+
+def fused_loss(logits, labels, teacher_logits, temperature) -> dict:
+    return dict(zip(("lm", "kl"), FusedLoss.apply(logits, teacher_logits), strict=True))
+
+
 def run_step(model, make_weights, optimizer, where) -> None:
     """The step in train.py's main(), but for schedule and logs."""
-    parameters, sums = [p for p in model.parameters() if p.requires_grad], {}
-    blocks = Blocks(model.config.vocab_size, train.seq_len)
-    accumulation = train.global_batch_size // (train.micro_batch_size * train.WORLD_SIZE)
-    weights = Pass(model)(make_weights)
-    held = models.hold(weights) if accumulation > 1 or model.sharded else weights
-    labels = train.global_batch_size * train.seq_len
-    for _ in range(min(accumulation, 2)):  # a third takes no more than the second
-        loss, values = Pass(model)(
-            train.forward, model, held, blocks, 0, train.micro_batch_size, train.global_batch_size, labels,
-            where,
-        )  # fmt: skip
-        (loss * (train.WORLD_SIZE + 0.0 * loss.detach())).backward()
-        train.add(sums, values)
-    if held is not weights:
-        models.release(weights, held)
-    del weights, held, loss
+    straight = train.forward
+    size, passes = train.split_batch()
+
+    def forward(*arguments, **more):
+        return Pass(model)(functools.partial(straight, **more), *arguments)
+
+    # a third pass takes no more than the second
+    split = patch.object(train, "split_batch", lambda: (size, min(passes, 2)))
+    with patch.object(train, "forward", forward), split:
+        blocks = Blocks(model.config.vocab_size, train.seq_len)
+        train.backward_step(model, lambda: Pass(model)(make_weights), blocks, 0, where)
+    parameters = [p for p in model.parameters() if p.requires_grad]
     grad_norm = train.full(torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm or torch.inf))
     optimizer.found_inf = (~grad_norm.isfinite()).float()
     optimizer.step()
@@ -192,8 +206,6 @@ def measure(ranks: int, parallel: str, activation_checkpointing: bool, gpu: bool
         replaced += [(F, "rms_norm", FusedRMSNorm.apply)]
         replaced += [(models, "loss_chunk", lambda vocab_size, device: real_chunk(vocab_size, cuda))]
     with contextlib.ExitStack() as stack:
-        models.logit_buffers.cache_clear()
-        stack.callback(models.logit_buffers.cache_clear)
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
         stack.callback(dist.destroy_process_group)
         stack.enter_context(warnings.catch_warnings())
@@ -206,6 +218,8 @@ def measure(ranks: int, parallel: str, activation_checkpointing: bool, gpu: bool
         model.to_empty(device=where)
         if activation_checkpointing:
             model.run_block = functools.partial(checkpoint, model.run_block, use_reentrant=False)
+        if gpu:
+            model.chunk_loss = fused_loss
         make_weights = train.distribute(model, where, dtype) if sharded else model
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, fused=True)
@@ -225,12 +239,8 @@ def measure(ranks: int, parallel: str, activation_checkpointing: bool, gpu: bool
 def main() -> None:
     set_options(options)
     gpu, tokens = train.device != "cpu", train.global_batch_size * train.seq_len
-    accumulation, rest = divmod(train.global_batch_size, train.micro_batch_size * gpus)
-    if rest or not accumulation:
-        raise ValueError(
-            f"global_batch_size {train.global_batch_size} is no multiple of micro_batch_size "
-            f"{train.micro_batch_size} on {gpus} processes"
-        )
+    with patch.object(train, "WORLD_SIZE", gpus):
+        size, passes = train.split_batch()
     if gpus % train.replicas:
         raise ValueError(f"replicas is {train.replicas}; it must divide {gpus} processes")
     with torch.device("meta"):
@@ -253,7 +263,7 @@ def main() -> None:
         note = "  (besides, with activation_checkpointing)" if name == "layers again" else ""
         print(f"  {name:14}{value / tokens / 1e9:8.2f}{note}")
 
-    batch = f"{accumulation} x {train.micro_batch_size} blocks of {train.seq_len} tokens"
+    batch = f"{passes} x {size} blocks of {train.seq_len} tokens"
     print(f"\none of them, with {batch} a step (fits: with {reserve_gib:g} GiB of reserve)")
     print(f"  parallel  activation_checkpointing  peak GiB  sent, GiB a step  fits {memory_gib:g} GiB")
     for parallel in ("ddp", "fsdp") if gpus > 1 else ("ddp",):
