@@ -433,8 +433,7 @@ class ChunkedLoss(torch.autograd.Function):
         def logits(x: Tensor, weight: Tensor) -> Tensor:  # [chunk, V]
             return product(weight, x.T).T if outer else product(x, weight.T)
 
-        for start in range(0, tokens, chunk):
-            rows = slice(start, start + chunk)
+        def run(rows: slice) -> None:
             z = logits(hidden[rows], head)
             teacher_z = None if teacher_hidden is None else logits(teacher_hidden[rows], teacher_head)
             with torch.set_grad_enabled(needs_hidden or needs_head):
@@ -446,12 +445,15 @@ class ChunkedLoss(torch.autograd.Function):
             for name, values in chunk_costs.items():
                 costs[name][rows] = values.detach()
             if not loss.requires_grad:
-                continue
+                return
             grad = torch.autograd.grad(loss, z)[0].to(hidden.dtype)
             if needs_hidden:
                 hidden_grad[rows] = grad @ head
             if needs_head:
                 accumulate_product(head_grad, grad.T, hidden[rows])
+
+        for start in range(0, tokens, chunk):
+            run(slice(start, start + chunk))
         ctx.grads = hidden_grad, None if head_grad is None else head_grad.to(head.dtype)
         ctx.mark_non_differentiable(*costs.values())
         loss = lm_scale * costs["lm"].sum() + kl_scale * temperature**2 * costs["kl"].sum()

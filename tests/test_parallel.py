@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint import load as load_distributed
 
 import model as models
+import train as train_script
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--rdzv_backend=c10d")
@@ -247,6 +248,44 @@ def test_an_unreadable_checkpoint_is_passed_over(file, work, teacher, corpus, al
     assert "passing over" in output and "step_00000020" in output and "Traceback" not in output
     assert [line["step"] for line in metrics(out)] == list(range(1, 21))
     assert all(torch.equal(w, last_weights(alone)[name]) for name, w in last_weights(out).items())
+
+
+SIGNS = """
+import os, runpy, sys
+sys.path.insert(0, os.getcwd())
+import torch
+straight = torch.linalg.eigh
+def eigh(matrix):
+    values, vectors = straight(matrix)
+    return torch.return_types.linalg_eigh((values, vectors * (-1) ** int(os.environ.get("RANK", 0))))
+torch.linalg.eigh = eigh
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_ranks_whose_eigenvectors_differ_in_sign_start_from_the_same_weights(work, teacher, corpus, alone):
+    (work / "signs.py").write_text(SIGNS)
+    out = work / "signs"
+    options = clone_options(teacher, corpus, out, *STEADY, "--parallel=fsdp")
+    train(2, *options, script=str(work / "signs.py"))
+    assert_same_run(out, alone)
+
+
+@pytest.mark.parametrize(
+    ("batch", "most", "processes", "expected"),
+    [(16, 16, 2, (8, 1)), (24, 3, 8, (3, 1)), (24, 8, 2, (6, 2)), (7, 4, 1, (1, 7)), (12, 5, 1, (4, 3))],
+)
+def test_passes_are_the_largest_that_fit(batch, most, processes, expected, monkeypatch):
+    for name, value in (("global_batch_size", batch), ("micro_batch_size", most), ("WORLD_SIZE", processes)):
+        monkeypatch.setattr(train_script, name, value)
+    assert train_script.split_batch() == expected
+
+
+def test_a_batch_that_does_not_divide_by_the_processes_is_refused(work, teacher, corpus):
+    output = train(2, *clone_options(teacher, corpus, work / "odd", "--global_batch_size=5"), code=1)
+    assert "error: global_batch_size is 5; it must divide by 2 processes" in output
+    assert not (work / "odd").exists()
 
 
 FAULTY = """
