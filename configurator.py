@@ -16,6 +16,7 @@ import ast
 import difflib
 import io
 import os
+import shutil
 import sys
 import tokenize
 import types
@@ -85,6 +86,12 @@ def accept(value, allowed):
     elif type(value) is allowed:
         return value
     raise TypeError
+
+
+def need_compiler(device_type: str) -> None:
+    """ValueError where torch.compile lacks the C++ compiler that it needs on a CPU."""
+    if device_type == "cpu" and not shutil.which(os.environ.get("CXX", "g++").split()[0]):
+        raise ValueError("compile needs a C++ compiler on a CPU, and there is none: g++, or what CXX names")
 
 
 def fail(message: str) -> typing.NoReturn:

@@ -1,20 +1,18 @@
-"""Turns a checkpoint into an ordinary Hugging Face model directory.
+"""Every model format: Hugging Face directories and checkpoints, read and written; and the export.
 
     python convert.py --checkpoint=out/quickstart --out=student                    # a clone's last checkpoint
     python convert.py --checkpoint=out/lrc_1_5b/step_00208000 --out=student --dtype=bfloat16
     python convert.py --checkpoint=out/lrc_1_7b --out=student --arch=llama         # Qwen2 as LlamaForCausalLM
-    python convert.py --checkpoint=lrc/checkpoint-20000 --teacher=models/Llama-3.2-3B-Instruct --out=student
 
-The last reads a checkpoint of the method's authors' code (safetensors with zoom_* names). The student's
-weights are composed in float32 and written in `dtype` with the teacher's tokenizer files. What was written is
-loaded again and its logits compared with the checkpoint's before the directory gets its name.
+Turns a checkpoint into an ordinary Hugging Face directory. The student's weights are composed in float32 and
+written in `dtype` with the teacher's tokenizer files. What was written is loaded again, and its logits are
+compared with the checkpoint's, before the directory gets its name. tools/from_authors.py reads the authors'
+checkpoints.
 """
 
 from typing import Literal
 
-checkpoint = (
-    "out/quickstart"  # a checkpoint, an out_dir (its last), a Hugging Face directory, or the authors'
-)
+checkpoint = "out/quickstart"  # a checkpoint, an out_dir (its last checkpoint), or a Hugging Face directory
 out = "student"  # directory to write; must not exist
 teacher: str | None = None  # directory of a clone's teacher, where it is not where the checkpoint says
 dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights written
@@ -27,94 +25,440 @@ if __name__ == "__main__":
     configure(globals())
 
 import dataclasses
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-import model as models
+from model import Llama, LossConfig, LowRankClone, ModelConfig, StudentConfig
 
-# Our name of each trained tensor -> its name in the authors' checkpoints, layers under "model.layers.{i}.".
-REFERENCE_NAMES = {
-    "embedding_projection": "model.zoom",
-    "head_projection": "zoom_down",
-    "norm": "model.target_norm",
-    "input_norm": "target_input_layernorm",
-    "post_norm": "target_post_attention_layernorm",
-    "projections.q": "self_attn.zoom_q",
-    "projections.k": "self_attn.zoom_k",
-    "projections.v": "self_attn.zoom_v",
-    "projections.qkv": "self_attn.zoom_up",
-    "projections.o": "self_attn.zoom_down",
-    "projections.gate": "mlp.zoom_gate",
-    "projections.up": "mlp.zoom_up",
-    "projections.gate_up": "mlp.zoom_up",
-    "projections.down": "mlp.zoom_down",
+# Our name of each weight of a layer -> its name in a Hugging Face checkpoint, under "model.layers.{i}."
+LAYER_NAMES = {
+    "input_norm": "input_layernorm.weight",
+    "q": "self_attn.q_proj.weight",
+    "k": "self_attn.k_proj.weight",
+    "v": "self_attn.v_proj.weight",
+    "o": "self_attn.o_proj.weight",
+    "q_bias": "self_attn.q_proj.bias",
+    "k_bias": "self_attn.k_proj.bias",
+    "v_bias": "self_attn.v_proj.bias",
+    "o_bias": "self_attn.o_proj.bias",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    "post_norm": "post_attention_layernorm.weight",
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+}
+MODEL_NAMES = {
+    "embedding": "model.embed_tokens.weight",
+    "norm": "model.norm.weight",
+    "head": "lm_head.weight",
+}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# Fields of config.json that this code does not compute: the values that leave them without effect, and what a
+# user is told. A field that is absent is all right.
+ALLOWED = {
+    "num_local_experts": ((None, 0), "dense models only"),
+    "num_experts": ((None, 0), "dense models only"),
+    "quantization_config": ((None,), "unquantised weights only"),
+    "hidden_act": (("silu", "swish"), "silu"),
+    "mlp_bias": ((None, False), "no bias in the FFN"),
+    "partial_rotary_factor": ((None, 1, 1.0), "1.0"),
+}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
 
-def reference_files(path: Path) -> list[Path]:
-    """The weight files of a checkpoint of the authors' code, none where `path` is something else."""
-    files = [path] if path.is_file() else []
-    if any((path / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
-        files = models.weight_files(path)
-    found = "model.zoom.weight" in models.tensor_slices(files)
-    if path.is_file() and not found:
-        raise ValueError(f"{path} has no tensor model.zoom.weight: not a checkpoint of the authors' code")
-    return files if found else []
+# ---- config.json
 
 
-def load_reference(files: list[Path], teacher: str) -> models.LowRankClone:
-    """A clone from the authors' checkpoint: sizes, sharing and tying as its tensors say."""
-    found, config = models.tensor_slices(files), models.read_config(teacher)
-    (d_s, d_t), settings = found["model.zoom.weight"][1], files[0].with_name("config.json")
-    if d_t != config.hidden_size:
-        raise ValueError(f"{files[0]} has a teacher of hidden size {d_t}; {teacher} has {config.hidden_size}")
-    settings = models.read_json(settings) if settings.is_file() else {}
-    frozen = models.load_model(teacher)
+def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
+    """Reads a config.json of transformers 4 or 5; ValueError names a field that is not supported."""
+
+    def refuse(field, value, allowed):
+        raise ValueError(f"{source}: {field} is {value!r}; this code supports {allowed}")
+
+    if not isinstance(hf, dict):
+        raise ValueError(f"{source} holds no JSON object")
+    family = hf.get("model_type")
+    if family not in ARCHITECTURES:
+        refuse("model_type", family, " | ".join(ARCHITECTURES))
+    for field, (values, allowed) in ALLOWED.items():
+        if field in hf and hf[field] not in values:
+            refuse(field, hf[field], allowed)
+    for field in SIZES:
+        if not isinstance(hf.get(field), int) or hf[field] < 1:
+            refuse(field, hf.get(field), "a positive integer")
+    refuse_sliding_windows(hf, family, refuse)
+
+    # transformers 5 writes rope_parameters, 4 rope_theta and rope_scaling
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    rope_theta = rope.pop("rope_theta", None) or hf.get("rope_theta", 10000.0)
+    rope_type = rope.pop("rope_type", None) or rope.get("type", "default")
+    rope.pop("type", None)
+    if rope_type not in ROPE_FIELDS:
+        refuse("rope_scaling type", rope_type, " | ".join(ROPE_FIELDS))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        refuse("partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
+    for field in ROPE_FIELDS[rope_type]:
+        if field not in rope:
+            refuse(f"rope_scaling {field}", None, "a number there")
+
+    heads = hf["num_attention_heads"]
+    key_value_heads = hf.get("num_key_value_heads") or heads
+    head_dim = hf.get("head_dim") or (128 if family == "qwen3" else hf["hidden_size"] // heads)
+    biased = bool(hf.get("attention_bias", False))
+    if heads % key_value_heads:
+        refuse("num_key_value_heads", key_value_heads, f"a divisor of num_attention_heads {heads}")
+    if head_dim % 2:
+        refuse("head_dim", head_dim, "an even number")
+    return ModelConfig(
+        model_type=family,
+        **{field: hf[field] for field in SIZES},
+        num_key_value_heads=key_value_heads,
+        head_dim=head_dim,
+        rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+        rope_theta=float(rope_theta),
+        rope_scaling=None if rope_type == "default" else {"rope_type": rope_type, **rope},
+        tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        qkv_bias=family == "qwen2" or (family != "mistral" and biased),
+        o_bias=family in ("llama", "qwen3") and biased,
+        qk_norm=family == "qwen3",
+        max_position_embeddings=hf.get("max_position_embeddings", 2048),
+        bos_token_id=hf.get("bos_token_id"),
+        eos_token_id=hf.get("eos_token_id"),
+        hf=hf,
+    )
+
+
+def refuse_sliding_windows(hf: dict, family: str, refuse) -> None:
+    """Attention must reach over the whole context in every layer."""
+    if "sliding_attention" in (hf.get("layer_types") or ()):
+        refuse("layer_types", "sliding_attention", "full attention in every layer")
+    if family == "mistral" and "sliding_window" not in hf:
+        refuse("sliding_window", "not given, which means 4096", "full attention (sliding_window null)")
+    window = hf.get("sliding_window")
+    in_use = hf.get("use_sliding_window", family == "mistral")
+    if in_use and window is not None and window < hf.get("max_position_embeddings", 0):
+        refuse("sliding_window", window, "full attention in every layer (sliding_window null)")
+
+
+# Fields of the source's config.json that an export writes anew, or that only transformers 5 reads
+REWRITTEN = ("rope_parameters", "dtype", "transformers_version", "_name_or_path", "layer_types")
+
+
+def to_hf(config: ModelConfig, weights_dtype: torch.dtype) -> dict:
+    """A config.json that transformers 4 and 5 both read right: the one it came from, with its own sizes."""
+    hf = {field: value for field, value in config.hf.items() if field not in REWRITTEN}
+    own = dataclasses.asdict(config)
+    for field in ("qkv_bias", "o_bias", "qk_norm", "hf"):
+        del own[field]
+    hf |= own
+    hf |= {"architectures": [ARCHITECTURES[config.model_type]], "hidden_act": "silu"}
+    if config.model_type in ("llama", "qwen3"):
+        hf["attention_bias"] = config.o_bias
+    return hf | {"torch_dtype": str(weights_dtype).removeprefix("torch.")}
+
+
+def weight_names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{name in the Hugging Face checkpoint: (name in our state_dict, shape)} of a whole model."""
+    d = config.hidden_size
+    v = config.vocab_size
+    names = {MODEL_NAMES["embedding"]: ("embedding", (v, d)), MODEL_NAMES["norm"]: ("norm", (d,))}
+    if not config.tie_word_embeddings:
+        names[MODEL_NAMES["head"]] = ("head", (v, d))
+    for i in range(config.num_hidden_layers):
+        for name, shape in config.layer_shapes().items():
+            names[f"model.layers.{i}.{LAYER_NAMES[name]}"] = (f"layers.{i}.{name}", shape)
+    return names
+
+
+# ---- files
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The config of a Hugging Face directory; ValueError when there is none or it is not supported."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory; get a model with: hf download NAME --local-dir {path}")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} has no config.json; a model is a Hugging Face directory")
+    return from_hf(read_json(path / "config.json"), str(path / "config.json"))
+
+
+def weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(read_json(index)["weight_map"].values())
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{index} names {name}, which is not a file of its directory")
+        if not (path / name).is_file():
+            why = f", but {index.name} names it" if index.is_file() else ""
+            raise ValueError(f"{path / name} does not exist{why}")
+    return [path / name for name in sorted(names)]
+
+
+def tensor_slices(files: list[Path]) -> dict:
+    """{name: (open file, shape)} of every tensor; ValueError names a file that is not whole."""
+    found = {}
+    for file in files:
+        try:
+            handle = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from None
+        found |= {name: (handle, tuple(handle.get_slice(name).get_shape())) for name in list(handle.keys())}
+    return found
+
+
+def read_tensors(
+    files: list[Path], expected: dict[str, tuple[int, ...]], ignored=(), dtype=None
+) -> dict[str, Tensor]:
+    """The tensors of safetensors files, which must have exactly the expected names and shapes; names that end
+    in one of `ignored` may be there.
+
+    ValueError names what is missing, unexpected or misshapen, before any tensor is read.
+    """
+    found = tensor_slices(files)
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unexpected {n}" for n in found if n not in expected and not n.endswith(tuple(ignored))]
+    for name, shape in expected.items():
+        if name in found and found[name][1] != tuple(shape):
+            problems.append(f"{name} is {list(found[name][1])}, config.json says {list(shape)}")
+    if problems:
+        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise ValueError(f"{files[0].parent}: weights do not fit: {'; '.join(problems[:6])}{more}")
+    return {name: found[name][0].get_tensor(name).to(dtype) for name in expected}
+
+
+# ---- plain models: Hugging Face directories
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
+    """A Llama from a Hugging Face directory, its weights in `dtype`; strict, see read_tensors."""
+    path = Path(path)
+    config = read_config(path)
+    files = weight_files(path)
+    # A number of layers that no file of this size can hold is refused before their names are written out.
+    if config.num_hidden_layers > len(tensor_slices(files)):
+        raise ValueError(f"{path}: num_hidden_layers is {config.num_hidden_layers}; its weights hold fewer")
+    names = weight_names(config)
+    ignored = ["rotary_emb.inv_freq"]
+    if config.tie_word_embeddings:
+        ignored.append("lm_head.weight")
+    expected = {name: shape for name, (_, shape) in names.items()}
+    tensors = read_tensors(files, expected, ignored, dtype)
     with torch.device("meta"):
-        clone = models.LowRankClone(
-            frozen,
-            d_s,
-            share_qkv="model.layers.0.self_attn.zoom_q.weight" not in found,
-            share_gate_up="model.layers.0.mlp.zoom_gate.weight" not in found,
-            tie_head_projection="zoom_down.weight" not in found,
-            student_rms_norm_eps=settings.get("target_rms_norm_eps", 1e-5),
-        )
-    trained, names, shapes = clone.trained(), {}, {}
-    for ours, parameter in trained.items():
-        _, i, name = ours.split(".", 2) if ours.startswith("layers.") else ("", "", ours)
-        names[ours] = f"model.layers.{i}." * bool(i) + f"{REFERENCE_NAMES[name]}.weight"
-        # projections are stored as they multiply, many as P^T; d_S < d_T tells which
-        shape = tuple(parameter.shape)
-        shapes[names[ours]] = shape if found.get(names[ours], (None, shape))[1] == shape else shape[::-1]
-    # zoom_out only serves a loss; a checkpoint of everything also holds the teacher
-    ignored = ("zoom_out.weight", "lm_head.weight", *config.weight_names())
-    tensors = models.read_tensors(files, shapes, ignored, torch.float32)
-    state = {f"teacher.{name}": weight for name, weight in frozen.state_dict().items()}
-    for ours, theirs in names.items():
-        as_is = tensors[theirs].shape == trained[ours].shape
-        state[ours] = tensors[theirs] if as_is else tensors[theirs].T.contiguous()
-    clone.load_state_dict(state, assign=True)
+        model = Llama(config, dtype)
+    state = {names[name][0]: tensor for name, tensor in tensors.items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def save_model(
+    model: Llama, path: Path, dtype: torch.dtype, tokenizer: str | Path | None, max_shard_bytes=5 * 10**9,
+    state: dict[str, Tensor] | None = None,
+):  # fmt: skip
+    """Writes a Hugging Face directory for transformers 4 and 5, with `tokenizer`'s files.
+
+    state: the model's state_dict, whole, where its own is sharded.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / "config.json", to_hf(model.config, dtype))
+    state = model.state_dict() if state is None else state
+    shards = [{}]
+    size = 0
+    for name, (ours, _) in weight_names(model.config).items():
+        tensor = state[ours].to(dtype).contiguous()
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(path / "model.safetensors.index.json", index)
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, path / file, metadata={"format": "pt"})
+
+    generation = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
+    source = Path(tokenizer) if tokenizer else path
+    if (source / "generation_config.json").is_file():
+        generation = read_json(source / "generation_config.json")
+    write_json(path / "generation_config.json", generation)
+    for name in TOKENIZER_FILES:
+        if source != path and (source / name).is_file():
+            (path / name).write_bytes((source / name).read_bytes())
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+# ---- clones: the trained tensors, and a config.json that says what else is needed
+
+
+def fingerprint(model: Llama) -> str:
+    """A hash of a model's shapes and of 64 values of each weight, at the precision of bfloat16: the same for
+    any dtype, device or sharding it is loaded in, another for a fine-tuned copy."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        flat = weight.detach().flatten()
+        sample = flat[torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64, device=flat.device).long()]
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(sample.to(torch.bfloat16).float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_clone(
+    clone: LowRankClone, path: Path, teacher: str, tokenizer: str, tensors=None, teacher_fingerprint=None
+) -> None:
+    """Writes the trained tensors, and in config.json everything else needed to rebuild the clone.
+
+    tensors, teacher_fingerprint: clone.trained() and the teacher's fingerprint, where the clone is sharded.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = clone.trained() if tensors is None else tensors
+    tensors = {name: p.detach().float().contiguous() for name, p in tensors.items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "model_type": "low_rank_clone",
+        "teacher": teacher,
+        "teacher_absolute": str(Path(teacher).resolve()),
+        "teacher_fingerprint": teacher_fingerprint or fingerprint(clone.teacher),
+        "tokenizer": tokenizer,
+        "clone": dataclasses.asdict(clone.student_config),
+    }
+    write_json(path / "config.json", config)
+
+
+def clone_directories(path: Path, teacher: str | None = None) -> tuple[str, str]:
+    """Where the teacher and the tokenizer of a clone are now; teacher: its directory, where it has moved."""
+    config = read_json(path / "config.json")
+    if teacher is None:
+        places = (config["teacher"], config["teacher_absolute"])
+        teacher = next((place for place in places if Path(place).is_dir()), None)
+    if teacher is None:
+        was = config["teacher"]
+        raise ValueError(f"{path}: its teacher {was} is not there; say where with --teacher=DIR")
+    if config["tokenizer"] != config["teacher"] and Path(config["tokenizer"]).is_dir():
+        return teacher, config["tokenizer"]
+    return teacher, teacher
+
+
+def load_clone(
+    path: str | Path, dtype=torch.float32, teacher: str | None = None, losses: LossConfig | None = None
+) -> LowRankClone:
+    """A clone from its checkpoint; teacher: where its directory is now. Refuses another teacher.
+
+    losses: how it is trained, where its loss is to be computed.
+    """
+    path = Path(path)
+    config = read_json(path / "config.json")
+    teacher, _ = clone_directories(path, teacher)
+    model = load_model(teacher, dtype)
+    if fingerprint(model) != config["teacher_fingerprint"]:
+        raise ValueError(f"{path}: {teacher} is not the teacher it was trained with (the weights differ)")
+    fields = [field.name for field in dataclasses.fields(StudentConfig)]
+    with torch.device("meta"):
+        clone = LowRankClone(model, StudentConfig(**{name: config["clone"][name] for name in fields}), losses)
+    expected = {name: tuple(p.shape) for name, p in clone.trained().items()}
+    tensors = read_tensors([path / "model.safetensors"], expected, dtype=torch.float32)
+    frozen = {f"teacher.{name}": weight for name, weight in model.state_dict().items()}
+    clone.load_state_dict(tensors | frozen, assign=True)
     return clone
 
 
-def as_llama(student: models.Llama) -> models.Llama:
+# ---- either
+
+
+def is_clone(path: Path) -> bool:
+    return read_json(path / "config.json").get("model_type") == "low_rank_clone"
+
+
+def load_checkpoint(path: Path, teacher: str | None = None) -> Llama | LowRankClone:
+    """The model of a clone's checkpoint or of a Hugging Face directory."""
+    return load_clone(path, teacher=teacher) if is_clone(path) else load_model(path)
+
+
+def tokenizer_directory(path: Path, teacher: str | None = None) -> str:
+    """Where the tokenizer of a clone's checkpoint (or Hugging Face directory) is now."""
+    return clone_directories(path, teacher)[1] if is_clone(path) else str(path)
+
+
+def checkpoints(out_dir: str | Path) -> list[Path]:
+    """A run's checkpoints, oldest first; a directory has this name only when it is whole."""
+    return sorted(path for path in Path(out_dir).glob("step_*") if path.name[5:].isdigit())
+
+
+def resolve(path: str | Path) -> Path:
+    """A Hugging Face directory or a checkpoint as it is; of an out_dir, its latest checkpoint."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is no directory; give a Hugging Face directory, a checkpoint or an out_dir")
+    if (path / "config.json").is_file():
+        return path
+    found = checkpoints(path)
+    if not found:
+        raise ValueError(f"{path} has neither a config.json nor a checkpoint (step_*)")
+    return found[-1]
+
+
+# ---- the export
+
+
+def as_llama(student: Llama) -> Llama:
     """The same model as a LlamaForCausalLM, which has a bias in o where it has one in q, k and v."""
     config = student.config
+    size = config.hidden_size
+    heads = config.num_attention_heads
     if config.qk_norm:
         raise ValueError(f"arch is llama; a {config.model_type} normalises q and k, which no Llama does")
-    size, heads = config.hidden_size, config.num_attention_heads
     if size % heads:
         raise ValueError(f"arch is llama; its hidden_size, {size}, must be a multiple of its {heads} heads")
     with torch.device("meta"):
-        llama = models.Llama(dataclasses.replace(config, model_type="llama", o_bias=config.qkv_bias))
+        llama = Llama(dataclasses.replace(config, model_type="llama", o_bias=config.qkv_bias, hf={}))
     zeros = {n: torch.zeros(p.shape) for n, p in llama.named_parameters() if n.endswith("o_bias")}
     llama.load_state_dict({**zeros, **student.state_dict()}, assign=True)
     return llama
 
 
-def largest_difference(expected: torch.Tensor, found: torch.Tensor) -> float:
+def largest_difference(expected: Tensor, found: Tensor) -> float:
     """max |found - expected| over max |expected|."""
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
@@ -126,29 +470,28 @@ def main() -> None:
         raise ValueError(f"{out} exists; remove it or choose another --out")
     if max_shard_gb <= 0:
         raise ValueError(f"max_shard_gb is {max_shard_gb}; it must be above 0")
-    if files := reference_files(Path(checkpoint)):
-        if teacher is None:
-            raise ValueError(f"{checkpoint} is of the authors' code; name its teacher with --teacher=DIR")
-        source, tokenizer = Path(checkpoint), teacher
-        original = load_reference(files, teacher)
-    else:
-        source = models.resolve(checkpoint)
-        tokenizer = models.tokenizer_directory(source, teacher)
-        original = models.load_checkpoint(source, teacher)
-    student = original.merge() if isinstance(original, models.LowRankClone) else original
+    source = resolve(checkpoint)
+    if "model.zoom.weight" in tensor_slices(weight_files(source)):
+        raise ValueError(f"{source} is of the authors' code; make a checkpoint of it by tools/from_authors.py")
+    tokenizer = tokenizer_directory(source, teacher)
+    original = load_checkpoint(source, teacher)
+    ids = torch.randint(original.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    expected = original.logits(ids)
+    student = original.merge() if isinstance(original, LowRankClone) else original
+    del original
     if arch == "llama":
         student = as_llama(student)
-    ids = torch.randint(student.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
-    expected = original.logits(ids)  # of a clone: by its own composition, not by the merged weights
-    del original
 
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     stored = getattr(torch, dtype)
-    models.save_model(student, partial, stored, tokenizer, max_shard_gb * 10**9)
+    save_model(student, partial, stored, tokenizer, max_shard_gb * 10**9)
+
+    # Exact but for the rounding to `dtype`, which has a limit of its own.
     rounded = student.to(stored).to(torch.float32).logits(ids)
-    written = models.load_model(partial).logits(ids)
-    exact, rounding = largest_difference(rounded, written), largest_difference(expected, written)
+    written = load_model(partial).logits(ids)
+    exact = largest_difference(rounded, written)
+    rounding = largest_difference(expected, written)
     limit = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}[dtype]
     if not (exact <= 1e-4 and rounding <= limit):  # a NaN is neither
         shutil.rmtree(partial)

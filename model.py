@@ -1,35 +1,27 @@
-"""The Llama family and its low-rank clone, as functions of their weights.
+"""Mathematics: the Llama family and its low-rank clone, as functions of their weights.
 
-    teacher = load_model("models/Llama-3.2-3B-Instruct")          # a Hugging Face directory -> Llama
-    clone = LowRankClone(teacher, student_hidden_size=1536)        # trains projections and norms only
-    weights = clone()                                              # the student's, composed
-    losses = clone.loss(ids, labels, weights)                      # {"loss", "lm", "kl", "clone", "terms"}
-    student = clone.merge()                                        # an ordinary, smaller Llama
+    teacher = convert.load_model("models/Llama-3.2-3B-Instruct")     # a Hugging Face directory -> Llama
+    clone = LowRankClone(teacher, student_config, loss_config)       # trains projections and norms only
+    weights = clone.compose()                                        # the student's, once a step
+    losses = clone.loss(ids, labels, weights)                        # {"loss", "lm", "kl", "clone", "terms"}
+    student = clone.merge()                                          # an ordinary, smaller Llama
 
 Method: Low-Rank Clone, arXiv 2505.12781. The student has the teacher's layers, heads and FFN width but a
 narrower residual stream, d_S < d_T. With y = x W^T and projections P [d_T, d_S], its weights are W P where a
 weight reads the stream (q, k, v, gate, up, embedding, head) and P^T W where it writes to it (o, down).
-A model's forward() makes its weights once per step, where DDP synchronises gradients and FSDP gathers shards;
-`loss` then runs them on as many batches as a step has. `block` is the one definition of a layer, for the
-teacher, the composed student, the merged student and cached decoding.
 
-Shapes: B batch, T tokens, D hidden_size, H heads, G key/value heads, F intermediate_size, V vocabulary.
+In reading order: the shape of a model, one layer (`block`), a plain model, the loss of a chunk of tokens, the
+clone losses, the clone, how it starts. Shapes: B batch, T tokens, D hidden_size, H heads, G key/value heads, F
+intermediate_size, V vocabulary.
 """
 
 import dataclasses
-import hashlib
-import json
 import math
-import os
-import shutil
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -38,36 +30,6 @@ try:  # optional, on CUDA, for documents kept apart: where it is not installed, 
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
-
-# Our name of each weight of a layer -> its name in a Hugging Face checkpoint, under "model.layers.{i}."
-LAYER_NAMES = {
-    "input_norm": "input_layernorm.weight",
-    "q": "self_attn.q_proj.weight",
-    "k": "self_attn.k_proj.weight",
-    "v": "self_attn.v_proj.weight",
-    "o": "self_attn.o_proj.weight",
-    "q_bias": "self_attn.q_proj.bias",
-    "k_bias": "self_attn.k_proj.bias",
-    "v_bias": "self_attn.v_proj.bias",
-    "o_bias": "self_attn.o_proj.bias",
-    "q_norm": "self_attn.q_norm.weight",
-    "k_norm": "self_attn.k_norm.weight",
-    "post_norm": "post_attention_layernorm.weight",
-    "gate": "mlp.gate_proj.weight",
-    "up": "mlp.up_proj.weight",
-    "down": "mlp.down_proj.weight",
-}
-MODEL_NAMES = {
-    "embedding": "model.embed_tokens.weight",
-    "norm": "model.norm.weight",
-    "head": "lm_head.weight",
-}
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,118 +54,68 @@ class ModelConfig:
     max_position_embeddings: int
     bos_token_id: int | None
     eos_token_id: int | list | None
-
-    @classmethod
-    def from_hf(cls, hf: dict, where: str = "config.json") -> "ModelConfig":
-        """Reads a config.json of transformers 4 or 5; ValueError names a field that is not supported."""
-
-        def refuse(field, value, allowed):
-            raise ValueError(f"{where}: {field} is {value!r}; this code supports {allowed}")
-
-        family = hf.get("model_type")
-        if family not in ARCHITECTURES:
-            refuse("model_type", family, " | ".join(ARCHITECTURES))
-        for field in ("num_local_experts", "num_experts", "quantization_config"):
-            if hf.get(field):
-                refuse(field, hf[field], "dense models with unquantised weights only")
-        if hf.get("hidden_act", "silu") not in ("silu", "swish"):
-            refuse("hidden_act", hf["hidden_act"], "silu")
-        if hf.get("mlp_bias"):
-            refuse("mlp_bias", True, "no bias in the FFN")
-        if "sliding_attention" in (hf.get("layer_types") or ()):
-            refuse("layer_types", "sliding_attention", "full attention in every layer")
-        window = hf.get("sliding_window")
-        in_use = hf.get("use_sliding_window", family == "mistral")
-        if in_use and window is not None and window < hf.get("max_position_embeddings", 0):
-            refuse("sliding_window", window, "full attention in every layer (sliding_window null)")
-        if family == "mistral" and "sliding_window" not in hf:
-            refuse("sliding_window", "not given, which means 4096", "full attention (sliding_window null)")
-        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-        theta = rope.pop("rope_theta", None) or hf.get("rope_theta", 10000.0)
-        kind = rope.pop("rope_type", None) or rope.get("type", "default")
-        rope.pop("type", None)
-        if kind not in ("default", "linear", "llama3"):
-            refuse("rope_scaling type", kind, "default | linear | llama3")
-        if (hf.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0) != 1.0:
-            refuse("partial_rotary_factor", hf.get("partial_rotary_factor"), "1.0")
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for field in sizes:
-            if not isinstance(hf.get(field), int) or hf[field] < 1:
-                refuse(field, hf.get(field), "a positive integer")
-        heads, biased = hf["num_attention_heads"], bool(hf.get("attention_bias", False))
-        head_dim = hf.get("head_dim") or (128 if family == "qwen3" else hf["hidden_size"] // heads)
-        groups = hf.get("num_key_value_heads") or heads
-        if heads % groups:
-            refuse("num_key_value_heads", groups, f"a divisor of num_attention_heads {heads}")
-        if head_dim % 2:
-            refuse("head_dim", head_dim, "an even number")
-        needed = {"llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-        for field in ("factor", *needed.get(kind, ())) if kind != "default" else ():
-            if field not in rope:
-                refuse(f"rope_scaling {field}", None, "a number there")
-        return cls(
-            model_type=family,
-            **{field: hf[field] for field in sizes},
-            num_key_value_heads=groups,
-            head_dim=head_dim,
-            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-            rope_theta=float(theta),
-            rope_scaling=None if kind == "default" else {"rope_type": kind, **rope},
-            tie_word_embeddings=hf.get("tie_word_embeddings", False),
-            qkv_bias=family == "qwen2" or (family != "mistral" and biased),
-            o_bias=family in ("llama", "qwen3") and biased,
-            qk_norm=family == "qwen3",
-            max_position_embeddings=hf.get("max_position_embeddings", 2048),
-            bos_token_id=hf.get("bos_token_id"),
-            eos_token_id=hf.get("eos_token_id"),
-        )
-
-    def to_hf(self, dtype: torch.dtype) -> dict:
-        """A config.json that transformers 4 and 5 both read right."""
-        hf = dataclasses.asdict(self)
-        for field in ("qkv_bias", "o_bias", "qk_norm"):
-            del hf[field]
-        if self.model_type in ("llama", "qwen3"):
-            hf["attention_bias"] = self.o_bias
-        if self.model_type == "llama":
-            hf["mlp_bias"] = False
-        else:
-            hf["sliding_window"] = None
-        if self.model_type.startswith("qwen"):
-            hf["use_sliding_window"] = False
-        hf |= {
-            "architectures": [ARCHITECTURES[self.model_type]],
-            "hidden_act": "silu",
-            "attention_dropout": 0.0,
-        }
-        return hf | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    hf: dict = dataclasses.field(compare=False, repr=False)  # the whole file, from which an export starts
 
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """{our name: shape} of the weights of one layer, in the order of LAYER_NAMES."""
-        d, f = self.hidden_size, self.intermediate_size
-        heads, groups = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        shapes = {"input_norm": (d,), "q": (heads, d), "k": (groups, d), "v": (groups, d), "o": (d, heads)}
+        """{name: shape} of the weights of one layer."""
+        d = self.hidden_size
+        f = self.intermediate_size
+        queries = self.num_attention_heads * self.head_dim
+        keys = self.num_key_value_heads * self.head_dim
+        shapes = {"input_norm": (d,), "q": (queries, d), "k": (keys, d), "v": (keys, d), "o": (d, queries)}
         if self.qkv_bias:
-            shapes |= {"q_bias": (heads,), "k_bias": (groups,), "v_bias": (groups,)}
+            shapes |= {"q_bias": (queries,), "k_bias": (keys,), "v_bias": (keys,)}
         if self.o_bias:
             shapes["o_bias"] = (d,)
         if self.qk_norm:
             shapes |= {"q_norm": (self.head_dim,), "k_norm": (self.head_dim,)}
         return shapes | {"post_norm": (d,), "gate": (f, d), "up": (f, d), "down": (d, f)}
 
-    def weight_names(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """{name in the Hugging Face checkpoint: (name in our state_dict, shape)} of a whole model."""
-        d, v = self.hidden_size, self.vocab_size
-        names = {MODEL_NAMES["embedding"]: ("embedding", (v, d)), MODEL_NAMES["norm"]: ("norm", (d,))}
-        if not self.tie_word_embeddings:
-            names[MODEL_NAMES["head"]] = ("head", (v, d))
-        for i in range(self.num_hidden_layers):
-            for name, shape in self.layer_shapes().items():
-                names[f"model.layers.{i}.{LAYER_NAMES[name]}"] = (f"layers.{i}.{name}", shape)
-        return names
-
 
 # ---- one layer, as a function of its weights
+
+
+def block(x: Tensor, w: dict[str, Tensor], config: ModelConfig, rope, mask=None, cache=None):
+    """One Llama layer, x [B, T, D] -> (x [B, T, D], activations): the one definition of a layer, for the
+    teacher, the composed student, the merged student and cached decoding.
+
+    w: the layer's weights by the names of layer_shapes. rope: rope_table's. mask: see attention.
+    cache: (keys [B, G, L, head_dim], values, start); this call writes positions start .. start + T and attends
+    to all before. activations: q, k, v, gate, up before RoPE and nonlinearity; attn_out and mlp_out as added to
+    the stream; attended [B, T, H·head_dim], which o reads; attn_in and mlp_in, the normed inputs.
+    """
+    a = {"attn_in": rms_norm(x, w["input_norm"], config.rms_norm_eps)}
+    for name in ("q", "k", "v"):
+        a[name] = F.linear(a["attn_in"], w[name], w.get(f"{name}_bias"))
+    # [B, T, heads · head_dim] -> [B, heads, T, head_dim]
+    q, k, v = (a[name].unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for name in ("q", "k", "v"))
+    if config.qk_norm:
+        q = rms_norm(q, w["q_norm"], config.rms_norm_eps)
+        k = rms_norm(k, w["k_norm"], config.rms_norm_eps)
+    q = rotate(q, rope)
+    k = rotate(k, rope)
+    if cache is not None:
+        keys, values, start = cache
+        end = start + q.shape[2]
+        keys[:, :, start:end] = k
+        values[:, :, start:end] = v
+        k = keys[:, :, :end]
+        v = values[:, :, :end]
+
+    a["attended"] = attention(q, k, v, mask)
+    a["attn_out"] = F.linear(a["attended"], w["o"], w.get("o_bias"))
+    x = x + a["attn_out"]
+
+    a["mlp_in"] = rms_norm(x, w["post_norm"], config.rms_norm_eps)
+    a["gate"] = F.linear(a["mlp_in"], w["gate"])
+    a["up"] = F.linear(a["mlp_in"], w["up"])
+    a["mlp_out"] = gated_linear(a["gate"], a["up"], w["down"])
+    return x + a["mlp_out"], a
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, float32 inside whatever x's dtype."""
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
 
 
 def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,15 +126,22 @@ def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     if scaling.get("rope_type") == "linear":
         frequencies = frequencies / scaling["factor"]
     elif scaling.get("rope_type") == "llama3":
-        # Wavelengths beyond the original context are divided by factor, short ones kept, those between
-        # blended.
-        context = scaling["original_max_position_embeddings"]
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = context * frequencies / (2 * math.pi)
+        # Wavelengths beyond the original context are divided by factor, short ones kept, others blended.
+        low = scaling["low_freq_factor"]
+        high = scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         blend = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = blend * frequencies + (1 - blend) * frequencies / scaling["factor"]
     angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of x [B, H, T, head_dim] by cos, sin [T, head_dim/2] or [B, 1, T, head_dim/2]."""
+    cos, sin = rope
+    halves = x.float().unflatten(-1, (2, -1))  # [B, H, T, 2, head_dim/2]
+    turned = halves.flip(-2) * torch.stack((-sin, sin), dim=-2)
+    return torch.addcmul(turned, halves, cos[..., None, :]).flatten(-2).to(x.dtype)
 
 
 def document_layout(documents: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor | tuple]:
@@ -265,25 +184,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
     return attended.transpose(1, 2).flatten(2)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of x [B, H, T, head_dim] by cos, sin [T, head_dim/2] or [B, 1, T, head_dim/2]."""
-    cos, sin = rope
-    halves = x.float().unflatten(-1, (2, -1))  # [B, H, T, 2, head_dim/2]
-    turned = halves.flip(-2) * torch.stack((-sin, sin), dim=-2)
-    return torch.addcmul(turned, halves, cos[..., None, :]).flatten(-2).to(x.dtype)
-
-
-def rms(x: Tensor) -> Tensor:
-    return x.square().mean().sqrt()
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, float32 inside whatever x's dtype."""
-    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
-
-
 class GatedLinear(torch.autograd.Function):
-    """(silu(gate) · up) W^T of gate, up [B, T, F] and W [D, F]; keeps only these for backward."""
+    """(silu(gate) · up) W^T of gate, up [B, T, F] and W [D, F]; keeps only these for backward.
+
+    Autograd would keep silu(gate) and the product too, [B, T, F] each in every layer. tools/README.md has what
+    this saves.
+    """
 
     @staticmethod
     def forward(ctx, gate, up, weight):
@@ -297,68 +203,123 @@ class GatedLinear(torch.autograd.Function):
         silu = gate * sigmoid
         weight_grad = None
         if ctx.needs_input_grad[2]:
-            # this way round, since D < F: CPU products are faster with few columns than with few rows
+            # This way round, since D < F: CPU products are faster with few columns than with few rows.
             weight_grad = ((silu * up).flatten(0, -2).T @ grad.flatten(0, -2)).T
         grad = grad @ weight
-        # silu' = sigmoid - silu · sigmoid + silu, in place: fresh memory costs more than arithmetic
+        # silu' = sigmoid - silu · sigmoid + silu
         gate_grad = sigmoid.addcmul_(silu, sigmoid, value=-1).add_(silu).mul_(up).mul_(grad)
         return gate_grad, silu.mul_(grad), weight_grad
 
 
-def block(x: Tensor, w: dict[str, Tensor], config: ModelConfig, rope, mask=None, cache=None):
-    """One Llama layer. x [B, T, D] -> (x [B, T, D], activations).
-
-    w: the layer's weights by the names of LAYER_NAMES. mask: see attention.
-    cache: (keys [B, G, L, head_dim], values, start); this call writes positions start .. start + T and
-    attends to all before. activations: q, k, v, gate, up before RoPE and nonlinearity, o and down as added
-    to the stream, attended [B, T, H·head_dim] and ffn [B, T, F] as o and down read them, and attn_in,
-    mlp_in, the normed inputs.
-    """
-    a = {"attn_in": rms_norm(x, w["input_norm"], config.rms_norm_eps)}
-    for name in ("q", "k", "v"):
-        a[name] = F.linear(a["attn_in"], w[name], w.get(f"{name}_bias"))
-    q, k, v = (
-        a[name].unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for name in ("q", "k", "v")
-    )  # [B,H|G,T,D]
-    if config.qk_norm:
-        q, k = rms_norm(q, w["q_norm"], config.rms_norm_eps), rms_norm(k, w["k_norm"], config.rms_norm_eps)
-    q, k = rotate(q, rope), rotate(k, rope)
-    if cache is not None:
-        keys, values, start = cache
-        end = start + q.shape[2]
-        keys[:, :, start:end], values[:, :, start:end] = k, v
-        k, v = keys[:, :, :end], values[:, :, :end]
-    a["attended"] = attention(q, k, v, mask)  # [B, T, H·head_dim]
-    a["o"] = F.linear(a["attended"], w["o"], w.get("o_bias"))
-    x = x + a["o"]
-    a["mlp_in"] = rms_norm(x, w["post_norm"], config.rms_norm_eps)
-    a["gate"], a["up"] = F.linear(a["mlp_in"], w["gate"]), F.linear(a["mlp_in"], w["up"])
-    a["down"] = GatedLinear.apply(a["gate"], a["up"], w["down"])
-    return x + a["down"], a
+gated_linear = GatedLinear.apply
 
 
-def plain_block(x, w, config, rope, mask=None, cache=None) -> Tensor:
-    return block(x, w, config, rope, mask, cache)[0]
+# ---- a plain model
 
 
-def need_compiler(device: torch.device) -> None:
-    """ValueError where torch.compile lacks the C++ compiler that it needs on a CPU."""
-    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++").split()[0]):
-        raise ValueError("compile needs a C++ compiler on a CPU, and there is none: g++, or what CXX names")
+class Layer(nn.Module):
+    """The weights of one layer, by the names of layer_shapes."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        for name, shape in config.layer_shapes().items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+    def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {name: weight.to(dtype) for name, weight in self.named_parameters()}
+
+    def forward(self, function, dtype: torch.dtype, *arguments):
+        """function(this layer's weights, *arguments): FSDP has them gathered for as long as the call lasts."""
+        return function(self.weights(dtype), *arguments)
 
 
-# ---- the loss head
+def walk(weights: dict, ids: Tensor, config: ModelConfig, rope=None, mask=None, caches=None, layer=block):
+    """The one walk over a plain model: yields (x [B, T, D], activations) of the embedding, which has none, and
+    of every layer. ids [B, T]; caches: one (keys, values, start) a layer; layer: `block`, or it compiled."""
+    if rope is None:
+        rope = rope_table(config, torch.arange(ids.shape[1], device=ids.device))
+    x = F.embedding(ids, weights["embedding"])
+    yield x, {}
+    for i, layer_weights in enumerate(weights["layers"]):
+        x, activations = layer(x, layer_weights, config, rope, mask, caches[i] if caches else None)
+        yield x, activations
 
 
-def log_sum_exp(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(exp(z - max z) [n, V], their sum [n, 1], log Σ exp z [n]) of z [n, V].
+def hidden_states(weights: dict, ids: Tensor, config: ModelConfig, **options) -> Tensor:
+    """Final normed hidden states [B, T, D] of ids [B, T]; options: see walk."""
+    for x, _ in walk(weights, ids, config, **options):  # noqa: B007 (the last is what counts)
+        pass
+    return rms_norm(x, weights["norm"], config.rms_norm_eps)
 
-    The last is float64, since a KL at a high temperature is a small difference of two of these.
-    """
-    top = z.detach().amax(-1, keepdim=True)
-    exponentials = (z - top).exp()
-    total = exponentials.sum(-1, keepdim=True)
-    return exponentials, total, (total.double().log() + top)[:, 0]
+
+def head_of(weights: dict) -> Tensor:
+    return weights.get("head", weights["embedding"])
+
+
+class Llama(nn.Module):
+    """A Llama, Mistral, Qwen2 or Qwen3 LM that computes in `dtype`; its weights may be wider."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.run_block = block  # train.py may compile or checkpoint it
+        self.chunk_loss = chunk_loss  # and compile this
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.Parameter(torch.empty(config.hidden_size))
+        self.head = None if config.tie_word_embeddings else nn.Parameter(torch.empty_like(self.embedding))
+
+    def init_weights(self, seed: int, std: float = 0.02) -> "Llama":
+        """N(0, std), as transformers initialises these families; ones for norms, zeros for biases."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if name.endswith("norm"):
+                nn.init.ones_(weight)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
+            else:
+                weight.data.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
+        return self
+
+    def head_weight(self) -> Tensor:
+        return (self.embedding if self.head is None else self.head).to(self.dtype)
+
+    def forward(self) -> dict:
+        """The weights to compute with: {"layers": [{name: weight}], "embedding", "norm", and "head" where it is
+        not the embedding}. A model's forward, since DDP and FSDP synchronise what is made in it."""
+        weights = {"layers": [layer(dict, self.dtype) for layer in self.layers]}
+        weights |= {"embedding": self.embedding.to(self.dtype), "norm": self.norm.to(self.dtype)}
+        if self.head is not None:
+            weights["head"] = self.head.to(self.dtype)
+        return weights
+
+    def logits(self, ids: Tensor, **options) -> Tensor:
+        """ids [B, T] -> logits [B, T, V], float32; options: see walk."""
+        weights = self()
+        return (hidden_states(weights, ids, self.config, **options) @ head_of(weights).T).float()
+
+    def loss(self, ids, labels, weights=None, num_labels=None, share=1.0, documents=None) -> dict[str, Tensor]:
+        """The next-token loss of ids [B, T] against labels [B, T], already shifted (-100: no label).
+
+        weights: forward()'s result, where several batches share it, or that held. num_labels, share: see
+        head_loss. documents: document_layout's result, where the documents of a block do not see each other.
+        """
+        weights = unheld(weights) or self()
+        rope, mask = rope_and_mask(self.config, ids, documents)
+        x = hidden_states(weights, ids, self.config, rope=rope, mask=mask, layer=self.run_block)
+        return head_loss(
+            x, head_of(weights), labels, num_labels=num_labels, share=share, loss_function=self.chunk_loss
+        )
+
+
+def rope_and_mask(config: ModelConfig, ids: Tensor, documents) -> tuple:
+    """The rotary tables and the attention mask of ids [B, T]; documents: document_layout's result or None."""
+    positions, mask = documents or (torch.arange(ids.shape[1], device=ids.device), None)
+    return rope_table(config, positions), mask
+
+
+# ---- the loss of a chunk of tokens, and of all of them
 
 
 def chunk_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, temperature: float):
@@ -383,13 +344,25 @@ def chunk_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, te
         z = logits / temperature
         teacher_logits = teacher_logits / temperature
         *_, log_sum = log_sum_exp(z)
+    # KL = Σ p (log p - log q): p = exponentials / total, log p = teacher_logits - teacher_log_sum and
+    # log q = z - log_sum
     exponentials, total, teacher_log_sum = log_sum_exp(teacher_logits)
-    p = exponentials / total
-    # KL = Σ p (log p - log q), with log p = teacher_logits - teacher_log_sum and log q = z - log_sum
-    costs["kl"] = (p * (teacher_logits - z)).sum(-1) - teacher_log_sum + log_sum
+    expected_difference = (exponentials * (z - teacher_logits)).sum(-1) / total[:, 0]
+    costs["kl"] = log_sum - teacher_log_sum - expected_difference
     if temperature == 1.0:
         costs["teacher_lm"] = cross_entropy(teacher_logits, teacher_log_sum)
     return costs
+
+
+def log_sum_exp(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(exp(z - max z) [n, V], their sum [n, 1], log Σ exp z [n]) of z [n, V].
+
+    The last is float64, since a KL at a high temperature is a small difference of two of these.
+    """
+    top = z.detach().amax(-1, keepdim=True)
+    exponentials = (z - top).exp()
+    total = exponentials.sum(-1, keepdim=True)
+    return exponentials, total, (total.double().log() + top)[:, 0]
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -462,35 +435,24 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale, *_):
         hidden_grad, head_grad = ctx.grads
-        assert hidden_grad is not None or head_grad is not None, (
-            "backward runs once: it gives its buffers away"
-        )
+        assert hidden_grad is not None or head_grad is not None, "backward runs once: it gives its buffers away"
         ctx.grads = None, None
         scaled = (None if grad is None else grad.mul_(scale) for grad in (hidden_grad, head_grad))
         return *scaled, None, None, None, None, None, None
 
 
 def loss_chunk(vocab_size: int, device: torch.device) -> int:
-    """Tokens per chunk of the loss head: up to 48 MB of float32 logits a buffer on a CPU, 512 MB on a GPU."""
+    """Tokens of a chunk: up to 24 MB of float32 logits a buffer on a CPU, 512 MB on a GPU."""
     if device.type == "cuda":
         return max(128, 2**27 // vocab_size // 128 * 128)
     return max(32, min(512, 6 * 2**20 // vocab_size // 32 * 32))
 
 
 def head_loss(
-    hidden,
-    head,
-    labels,
-    teacher=None,
-    lm_weight=1.0,
-    kl_weight=1.0,
-    temperature=1.0,
-    num_labels=None,
-    share=1,
-    loss_function=chunk_loss,
-):
-    """The loss of final hidden states [B, T, D] under head [V, D]; see ChunkedLoss. teacher: (hidden, head)
-    or None.
+    hidden: Tensor, head: Tensor, labels: Tensor, teacher: tuple[Tensor, Tensor] | None = None,
+    lm_weight=1.0, kl_weight=1.0, temperature=1.0, num_labels=None, share=1.0, loss_function=chunk_loss,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The loss of final hidden states [B, T, D] under head [V, D]; teacher: (hidden, head) or None.
 
     CE is a mean over the labelled tokens, KL over all. Where the batch is a part of a larger one, num_labels
     is the labels in the whole and share this part of its tokens: losses of the parts then add up to the
@@ -500,21 +462,26 @@ def head_loss(
     if num_labels is None:
         num_labels = (labels != -100).sum().clamp(min=1)
     tokens = labels.numel()
-    teacher_hidden, teacher_head = (teacher[0].flatten(0, 1), teacher[1]) if teacher else (None, None)
+    teacher_hidden, teacher_head = (None, None) if teacher is None else teacher
     loss, lm, kl, teacher_lm = ChunkedLoss.apply(
-        hidden.flatten(0, 1), head, labels, teacher_hidden, teacher_head,
+        hidden.flatten(0, 1),
+        head,
+        labels,
+        None if teacher is None else teacher_hidden.flatten(0, 1),
+        teacher_head,
         (lm_weight / num_labels, kl_weight * share / tokens, temperature),
-        loss_chunk(head.shape[0], head.device), loss_function,
-    )  # fmt: skip
+        loss_chunk(head.shape[0], head.device),
+        loss_function,
+    )
     result = {"loss": loss, "lm": lm.sum() / num_labels, "token_lm": lm.view(hidden.shape[:-1])}
-    if teacher:
+    if teacher is not None:
         result["kl"] = kl.sum() * share / tokens
-    if teacher and temperature == 1.0:
+    if teacher is not None and temperature == 1.0:
         result["teacher_lm"] = teacher_lm.sum() / num_labels
     return result
 
 
-# ---- weights for several batches
+# ---- weights that several batches share
 
 
 class Held:
@@ -526,6 +493,10 @@ class Held:
 
     def __init__(self, weights: dict):
         self.weights = weights
+
+
+def unheld(weights: "dict | Held | None") -> dict | None:
+    return weights.weights if isinstance(weights, Held) else weights
 
 
 def hold(weights: dict, accumulate: bool) -> Held:
@@ -564,171 +535,80 @@ def release(weights: dict, held: Held, before_layer: Callable[[int], None] = lam
         take(layers.pop(), held_layers.pop())
 
 
-# ---- a plain model
-
-
-class Layer(nn.Module):
-    """The weights of one layer under the names of LAYER_NAMES."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        for name, shape in config.layer_shapes().items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-
-    def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {name: weight.to(dtype) for name, weight in self.named_parameters()}
-
-    def forward(self, function, dtype: torch.dtype, *args):
-        """function(this layer's weights, *args): FSDP has them gathered for as long as the call lasts."""
-        return function(self.weights(dtype), *args)
-
-
-class Llama(nn.Module):
-    """A Llama, Mistral, Qwen2 or Qwen3 LM that computes in `dtype`; its weights may be wider."""
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
-        super().__init__()
-        self.config, self.dtype = config, dtype
-        self.run_block = plain_block  # train.py may compile or checkpoint it
-        self.chunk_loss = chunk_loss  # and compile this
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.Parameter(torch.empty(config.hidden_size))
-        self.head = None if config.tie_word_embeddings else nn.Parameter(torch.empty_like(self.embedding))
-
-    def init_weights(self, seed: int, std: float = 0.02) -> "Llama":
-        """N(0, std), as transformers initialises these families; ones for norms, zeros for biases."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, weight in self.named_parameters():
-            if name.endswith("norm"):
-                nn.init.ones_(weight)
-            elif name.endswith("bias"):
-                nn.init.zeros_(weight)
-            else:
-                weight.data.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
-        return self
-
-    def head_weight(self) -> Tensor:
-        return (self.embedding if self.head is None else self.head).to(self.dtype)
-
-    def forward(self) -> dict:
-        """The weights to compute with: {"layers": [{name: weight}], "embedding", "head", "norm"}."""
-        weights = {"layers": [layer(dict, self.dtype) for layer in self.layers]}
-        weights |= {"embedding": self.embedding.to(self.dtype), "norm": self.norm.to(self.dtype)}
-        if self.head is not None:
-            weights["head"] = self.head.to(self.dtype)
-        return weights
-
-    def hidden_states(self, ids: Tensor, positions=None, mask=None, caches=None, weights=None) -> Tensor:
-        """ids [B, T] -> final normed hidden states [B, T, D]. caches: one (keys, values, start) a layer."""
-        if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)
-        rope, weights = rope_table(self.config, positions), weights or self()
-        x = F.embedding(ids, weights["embedding"])
-        for i, layer in enumerate(weights["layers"]):
-            x = self.run_block(x, layer, self.config, rope, mask, caches[i] if caches else None)
-        return rms_norm(x, weights["norm"], self.config.rms_norm_eps)
-
-    def logits(self, ids: Tensor, **kwargs) -> Tensor:
-        """ids [B, T] -> logits [B, T, V], float32."""
-        return (self.hidden_states(ids, **kwargs) @ self.head_weight().T).float()
-
-    def loss(
-        self, ids, labels, weights=None, num_labels=None, share=1.0, documents=None
-    ) -> dict[str, Tensor]:
-        """The next-token loss of ids [B, T] against labels [B, T], already shifted (-100: no label).
-
-        weights: forward()'s result, where several batches share it, or that held. documents: document_layout's
-        result, where the documents of a block do not see each other.
-        """
-        weights = weights.weights if isinstance(weights, Held) else weights or self()
-        positions, mask = documents or (None, None)
-        hidden = self.hidden_states(ids, positions, mask, weights=weights)
-        head = weights.get("head", weights["embedding"])
-        return head_loss(
-            hidden, head, labels, num_labels=num_labels, share=share, loss_function=self.chunk_loss
-        )
-
-
-# ---- the low-rank clone
-
-READS = ("q", "k", "v", "gate", "up")  # weights W of which the student has W P
-WRITES = ("o", "down")  # weights W of which it has P^T W
-COMPARED = {"attn_out": "o", "mlp_out": "down"}  # activations that clone terms of another name compare
-PROJECTION_OF = {"attn_in": "q", "attn_out": "o", "mlp_in": "gate", "mlp_out": "down"}  # clone terms with one
+# ---- the clone losses
 
 
 @dataclasses.dataclass(frozen=True)
-class CloneConfig:
-    """What defines a clone besides its teacher and its trained tensors, and how its loss is weighed.
+class StudentConfig:
+    """What a clone is, besides its teacher and its trained tensors; saved with it.
 
     share_qkv, share_gate_up: one projection for q, k, v (gate, up), whose clone losses become one loss on
-    their input (paper, Table 7). clone_attn_out, clone_mlp_out: compare in the "student"'s space (paper) or
-    the "teacher"'s (attn_out in the authors' code). clone_scale: "teacher" divides each term by the mean
-    square of the teacher's activation (LowRankClone.calibrate), so that no layer drowns the others.
-    clone_skip: clone terms to leave out, by name.
+    their input (paper, Table 7). tie_head_projection: one projection for embedding and LM head.
     """
 
     student_hidden_size: int
-    share_qkv: bool = False
-    share_gate_up: bool = False
-    tie_head_projection: bool = True
-    student_rms_norm_eps: float = 1e-5
-    lm_weight: float = 1.0
-    kl_weight: float = 1.0
-    kl_temperature: float = 40.0
-    clone_weight: float = 0.2
-    clone_attn_out: str = "student"
-    clone_mlp_out: str = "student"
-    clone_scale: str = "none"
-    clone_skip: tuple = ()
-    clone_skip_layers: tuple = ()
-
-    def terms(self) -> list[str]:
-        """Names of the clone losses of a layer, in the order they are computed."""
-        attention = ["attn_in"] if self.share_qkv else ["q", "k", "v"]
-        ffn = ["mlp_in"] if self.share_gate_up else ["gate", "up"]
-        return [name for name in (*attention, "attn_out", *ffn, "mlp_out") if name not in self.clone_skip]
+    share_qkv: bool
+    share_gate_up: bool
+    tie_head_projection: bool
+    student_rms_norm_eps: float
 
 
-class CloneLayer(nn.Module):
-    """The trained tensors of one layer: projections [d_T, d_S] and the student's norms [d_S]."""
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """How a clone is trained: lm_weight · CE + kl_weight · T² · KL + clone_weight · Σ clone losses.
 
-    def __init__(self, d_t: int, clone: CloneConfig):
-        super().__init__()
-        d_s = clone.student_hidden_size
-        self.home = {name: name for name in (*READS, *WRITES)}
-        self.compared = [PROJECTION_OF[term] for term in clone.terms() if term in PROJECTION_OF]
-        if clone.share_qkv:
-            self.home |= dict.fromkeys("qkv", "qkv")
-        if clone.share_gate_up:
-            self.home |= dict.fromkeys(("gate", "up"), "gate_up")
-        self.projections = nn.ParameterDict(
-            {name: nn.Parameter(torch.empty(d_t, d_s)) for name in dict.fromkeys(self.home.values())}
-        )
-        self.input_norm, self.post_norm = nn.Parameter(torch.empty(d_s)), nn.Parameter(torch.empty(d_s))
+    clone_attn_out, clone_mlp_out: compare in the "student"'s space (paper) or the "teacher"'s (attn_out in the
+    authors' code). clone_scale: "teacher" divides each term by the mean square of the teacher's activation, so
+    that no layer drowns the others. clone_skip: terms to leave out, by name.
+    """
 
-    def compose(self, teacher: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """What the student has of its own in this layer, from the teacher's weights; the projections that
-        clone losses need are under "P_" + name."""
-        p = {name: self.projections[home].to(dtype) for name, home in self.home.items()}
-        w = {name: teacher[name] @ p[name] for name in READS}
-        w |= {name: p[name].T @ teacher[name] for name in WRITES}
-        if "o_bias" in teacher:
-            w["o_bias"] = teacher["o_bias"] @ p["o"]
-        own = {"input_norm": self.input_norm.to(dtype), "post_norm": self.post_norm.to(dtype)}
-        return w | own | {f"P_{name}": p[name] for name in self.compared}
+    lm_weight: float
+    kl_weight: float
+    kl_temperature: float
+    clone_weight: float
+    clone_attn_out: str
+    clone_mlp_out: str
+    clone_scale: str
+    clone_skip: tuple
+    clone_skip_layers: tuple
 
-    def forward(self, teacher: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
-        """compose(), both layers gathered under FSDP."""
-        return teacher(self.compose, dtype, dtype)
+
+def clone_losses(
+    s: dict[str, Tensor], t: dict[str, Tensor], p: dict[str, Tensor], teacher: dict[str, Tensor],
+    student_config: StudentConfig, loss_config: LossConfig,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The clone losses of a layer, {name: scalar}: what training asks to be equal in student and teacher.
+
+    s, t: activations of student and teacher, by block's names. p: the layer's projections [d_T, d_S], by the
+    weight they project. teacher: the teacher's weights of the layer. A new term is a line here; its name must
+    be one of block's activations where clone_scale="teacher" is to scale it.
+    """
+    terms = {}
+    if student_config.share_qkv:
+        terms["attn_in"] = mse(F.linear(s["attn_in"], p["q"]), t["attn_in"])
+    else:
+        terms |= {name: mse(s[name], t[name]) for name in ("q", "k", "v")}
+    if loss_config.clone_attn_out == "student":
+        terms["attn_out"] = mse(s["attn_out"], t["attn_out"], p["o"])
+    else:
+        attn_out = F.linear(s["attended"], teacher["o"], teacher.get("o_bias"))
+        terms["attn_out"] = mse(attn_out, t["attn_out"])
+    if student_config.share_gate_up:
+        terms["mlp_in"] = mse(F.linear(s["mlp_in"], p["gate"]), t["mlp_in"])
+    else:
+        terms |= {name: mse(s[name], t[name]) for name in ("gate", "up")}
+    if loss_config.clone_mlp_out == "student":
+        terms["mlp_out"] = mse(s["mlp_out"], t["mlp_out"], p["down"])
+    else:
+        terms["mlp_out"] = mse(gated_linear(s["gate"], s["up"], teacher["down"]), t["mlp_out"])
+    return {name: loss for name, loss in terms.items() if name not in loss_config.clone_skip}
 
 
 class MeanSquaredError(torch.autograd.Function):
     """Mean of (student - teacher P)² in float32; P [d_T, d_S] or None, and then of (student - teacher)².
 
     student [B, T, d_S], teacher [B, T, d_T] without gradient. Keeps the difference and P's gradient, formed
-    here, for backward, and nothing of the teacher.
+    here, for backward, and nothing of the teacher, whose activations die with their layer.
     """
 
     @staticmethod
@@ -749,210 +629,207 @@ class MeanSquaredError(torch.autograd.Function):
         return difference.mul_(scale), None, projection_grad  # in place: a second backward is refused
 
 
-def clone_block(teacher, student, x_t, x_s, teacher_config, student_config, rope, mask, clone, terms):
-    """One layer of teacher and student in lock-step, so that a teacher activation lives only as long as its
-    loss.
+def mse(student: Tensor, teacher: Tensor, projection: Tensor | None = None) -> Tensor:
+    return MeanSquaredError.apply(student, teacher, projection)
 
-    x_t [B, T, d_T], x_s [B, T, d_S] -> (x_t, x_s, [the clone losses named in terms]).
+
+# ---- the low-rank clone
+
+READS = ("q", "k", "v", "gate", "up")  # weights W of which the student has W P
+WRITES = ("o", "down")  # weights W of which it has P^T W
+
+
+class CloneLayer(nn.Module):
+    """The trained tensors of one layer: projections [d_T, d_S] and the student's norms [d_S]."""
+
+    def __init__(self, d_t: int, config: StudentConfig, losses: LossConfig | None):
+        super().__init__()
+        d_s = config.student_hidden_size
+        self.parameter_of = {name: name for name in (*READS, *WRITES)}  # of each weight: its projection's name
+        if config.share_qkv:
+            self.parameter_of |= dict.fromkeys(("q", "k", "v"), "qkv")
+        if config.share_gate_up:
+            self.parameter_of |= dict.fromkeys(("gate", "up"), "gate_up")
+        names = dict.fromkeys(self.parameter_of.values())
+        self.projections = nn.ParameterDict({name: nn.Parameter(torch.empty(d_t, d_s)) for name in names})
+        self.input_norm = nn.Parameter(torch.empty(d_s))
+        self.post_norm = nn.Parameter(torch.empty(d_s))
+        # Which projections clone_losses reads, besides the weights that are made with them.
+        self.compared = []
+        if losses is not None and losses.clone_weight:
+            read = {
+                "q": config.share_qkv,
+                "o": losses.clone_attn_out == "student",
+                "gate": config.share_gate_up,
+                "down": losses.clone_mlp_out == "student",
+            }
+            self.compared = [name for name, is_read in read.items() if is_read]
+
+    def projection(self, name: str) -> nn.Parameter:
+        """The projection of a weight of READS or WRITES."""
+        return self.projections[self.parameter_of[name]]
+
+    def compose(self, teacher: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the student has of its own in this layer, from the teacher's weights; and, under "P_" and their
+        names, the projections that clone losses read."""
+        p = {name: self.projection(name).to(dtype) for name in self.parameter_of}
+        weights = {name: teacher[name] @ p[name] for name in READS}
+        weights |= {name: p[name].T @ teacher[name] for name in WRITES}
+        if "o_bias" in teacher:
+            weights["o_bias"] = teacher["o_bias"] @ p["o"]
+        weights |= {"input_norm": self.input_norm.to(dtype), "post_norm": self.post_norm.to(dtype)}
+        return weights | {f"P_{name}": p[name] for name in self.compared}
+
+    def forward(self, teacher: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
+        """compose(), both layers gathered under FSDP."""
+        return teacher(self.compose, dtype, dtype)
+
+
+def clone_block(
+    teacher: dict[str, Tensor], student: dict[str, Tensor], x_t: Tensor, x_s: Tensor,
+    teacher_config: ModelConfig, student_config: ModelConfig, rope, mask, compare,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
+    """One layer of teacher and student in lock-step, so that a teacher activation lives only as long as its
+    loss: x_t [B, T, d_T], x_s [B, T, d_S] -> (x_t, x_s, clone losses).
+
+    compare: (StudentConfig, LossConfig), or None: no clone losses here.
     """
     with torch.no_grad():
         x_t, t = block(x_t, teacher, teacher_config, rope, mask)
     x_s, s = block(x_s, teacher | student, student_config, rope, mask)
-    losses = []
-    for name in terms:
-        compared = COMPARED.get(name, name)
-        source, projection = s[compared], None
-        if name == "attn_in":
-            source = F.linear(source, student["P_q"])
-        elif name == "mlp_in":
-            source = F.linear(source, student["P_gate"])
-        elif name == "attn_out" and clone.clone_attn_out == "teacher":
-            source = F.linear(s["attended"], teacher["o"], teacher.get("o_bias"))
-        elif name == "mlp_out" and clone.clone_mlp_out == "teacher":
-            source = GatedLinear.apply(s["gate"], s["up"], teacher["down"])
-        elif name in COMPARED:
-            projection = student[f"P_{compared}"]
-        losses.append(MeanSquaredError.apply(source, t[compared], projection))
-    return x_t, x_s, losses
+    if compare is None:
+        return x_t, x_s, {}
+    p = {name.removeprefix("P_"): weight for name, weight in student.items() if name.startswith("P_")}
+    return x_t, x_s, clone_losses(s, t, p, teacher, *compare)
 
 
 class LowRankClone(nn.Module):
     """A frozen teacher and the tensors that make a student of it; only the latter have requires_grad.
 
-    ValueError when the student's hidden size does not fit the teacher.
+    losses: how it is trained, None where it is not. ValueError when the student does not fit the teacher.
     """
 
-    def __init__(self, teacher: Llama, student_hidden_size: int, **options):
+    def __init__(self, teacher: Llama, student: StudentConfig, losses: LossConfig | None = None):
         super().__init__()
-        d_t, d_s, heads = teacher.config.hidden_size, student_hidden_size, teacher.config.num_attention_heads
-        if not 0 < d_s < d_t:
-            raise ValueError(
-                f"student_hidden_size is {d_s}; it must be between 1 and {d_t - 1} (the teacher has {d_t})"
-            )
-        if teacher.config.model_type == "llama" and d_s % heads:
-            low = d_s // heads * heads
-            near = " or ".join(str(size) for size in (low, low + heads) if 0 < size < d_t)
-            raise ValueError(
-                f"student_hidden_size is {d_s}; a llama needs a multiple of its {heads} heads: {near}"
-            )
+        check_student(teacher.config, student)
+        d_t = teacher.config.hidden_size
+        d_s = student.student_hidden_size
         self.teacher = teacher.requires_grad_(False)
         self.run_block = clone_block  # train.py may compile or checkpoint it
         self.chunk_loss = chunk_loss  # and compile this
-        self.clone = CloneConfig(student_hidden_size, **options)
-        c, layers = self.clone, range(teacher.config.num_hidden_layers)
-        for name, given, allowed in (
-            ("clone_skip", c.clone_skip, dataclasses.replace(c, clone_skip=()).terms()),
-            ("clone_skip_layers", c.clone_skip_layers, layers),
-            ("clone_attn_out", [c.clone_attn_out], ("student", "teacher")),
-            ("clone_mlp_out", [c.clone_mlp_out], ("student", "teacher")),
-            ("clone_scale", [c.clone_scale], ("none", "teacher")),
-        ):
-            if not set(given) <= set(allowed):
-                raise ValueError(f"{name} is {given}; allowed: {allowed}")
+        self.student_config = student
+        self.loss_config = losses
         self.config = dataclasses.replace(
             teacher.config,
             hidden_size=d_s,
-            rms_norm_eps=self.clone.student_rms_norm_eps,
-            tie_word_embeddings=teacher.config.tie_word_embeddings and self.clone.tie_head_projection,
+            rms_norm_eps=student.student_rms_norm_eps,
+            tie_word_embeddings=teacher.config.tie_word_embeddings and student.tie_head_projection,
         )
-        self.term_scale = 1.0
-        self.layers = nn.ModuleList(CloneLayer(d_t, self.clone) for _ in teacher.layers)
+        self.mean_squares = None  # {activation: [layers]} of the teacher, from calibrate
+        self.layers = nn.ModuleList(CloneLayer(d_t, student, losses) for _ in teacher.layers)
         self.norm = nn.Parameter(torch.empty(d_s))
         self.embedding_projection = nn.Parameter(torch.empty(d_t, d_s))
-        self.head_projection = None if self.clone.tie_head_projection else nn.Parameter(torch.empty(d_t, d_s))
+        self.head_projection = None
+        if not student.tie_head_projection:
+            self.head_projection = nn.Parameter(torch.empty(d_t, d_s))
 
     def trained(self) -> dict[str, nn.Parameter]:
         """{name: parameter} of everything that trains; what a checkpoint holds."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("teacher.")}
 
-    @torch.no_grad()
-    def calibrate(self, ids: Tensor) -> Tensor:
-        """Runs the teacher on ids [B, T] for what is to be known of it before training.
+    def forward(self, dtype: torch.dtype | None = None) -> dict:
+        """compose(); a model's forward, since DDP and FSDP synchronise what is made in it."""
+        return self.compose(dtype or self.teacher.dtype)
 
-        Sets term_scale [layers, terms], by which clone_scale="teacher" multiplies the clone losses: one over
-        the mean square of the activation, the same for every batch and any number of devices. Returns the
-        second moments [d_T, d_T], float64, of the residual stream's directions x / |x|, averaged over tokens
-        and over what each layer and the head read; their trace is 1.
-        """
-        teacher, names = self.teacher, [COMPARED.get(name, name) for name in self.clone.terms()]
-        rope = rope_table(teacher.config, torch.arange(ids.shape[1], device=ids.device))
-        squares = torch.zeros((len(teacher.layers), len(names)), device=ids.device)
-        covariance = 0.0
-        for row in ids.split(1):
-            x = F.embedding(row, teacher.embedding).to(teacher.dtype)
-            for i, layer in enumerate([*teacher.layers, None]):
-                directions = F.normalize(x[0].float(), dim=-1)
-                covariance = covariance + (directions.T @ directions).double()
-                if layer is not None:
-                    x, a = block(x, layer.weights(teacher.dtype), teacher.config, rope)
-                    squares[i] += torch.stack([a[name].float().square().mean() for name in names])
-        if self.clone.clone_scale == "teacher":
-            self.term_scale = len(ids) / squares
-        return covariance / covariance.trace()
-
-    def init_weights(
-        self, seed: int, init: str = "random", covariance: Tensor | None = None
-    ) -> "LowRankClone":
-        """Projections and norms by `init`; the same for the same seed and covariance, calibrate()'s result.
-
-        "random": N(0, 0.02) and ones, as the authors' code. "orthogonal": orthonormal columns and ones.
-        "channel" (after arXiv 2605.29327) and "pca": the student's stream is the teacher's in one basis U
-        [d_T, d_S], the channels or principal directions with most of its energy.
-        """
-        generator, weights = torch.Generator().manual_seed(seed), self.trained()
-        for name, weight in weights.items():
-            if name.endswith("norm"):
-                nn.init.ones_(weight)
-            elif init == "orthogonal":
-                gaussian = torch.empty(weight.shape).normal_(generator=generator)
-                weight.data.copy_(torch.linalg.qr(gaussian).Q)
-            else:
-                weight.data.copy_(torch.empty(weight.shape).normal_(0.0, 0.02, generator=generator))
-        if init not in ("channel", "pca"):
-            return self
-        d_s, final = self.config.hidden_size, self.teacher.norm.double()
-        balance = torch.ones_like(final)
-        if init == "channel":
-            chosen = covariance.diagonal().topk(d_s).indices.sort().values
-            basis = F.one_hot(chosen, len(covariance)).T.double()
-        else:
-            if self.head_projection is None:
-                # The head's projection is the embedding's: half of the final norm's weight goes into either.
-                balance = (final / rms(final)).clamp(min=0.1).sqrt()
-                covariance = balance[:, None] * covariance * balance
-            basis = torch.linalg.eigh(covariance).eigenvectors[:, -d_s:]
-        # less energy in fewer channels: x / rms(x) of what is kept is smaller by this than the teacher's
-        scale = ((basis * (covariance @ basis)).sum() * len(covariance) / d_s).sqrt()
-        into, out_of = balance[:, None] * basis, basis / balance[:, None]  # the student's stream, [d_T, d_S]
-
-        def absorb(norm: nn.Parameter, projections: list[nn.Parameter], gamma: Tensor) -> None:
-            """What reads the stream through the teacher's norm weight gamma, as far as a basis allows."""
-            norm.data.fill_(rms(gamma) * scale)
-            for projection in projections:
-                projection.data.copy_(gamma[:, None] / rms(gamma) * out_of)
-
-        for layer, teacher in zip(self.layers, self.teacher.layers, strict=True):
-            p = {name: layer.projections[home] for name, home in layer.home.items()}
-            absorb(layer.input_norm, [p["q"], p["k"], p["v"]], teacher.input_norm.double())
-            absorb(layer.post_norm, [p["gate"], p["up"]], teacher.post_norm.double())
-            for name in WRITES:
-                p[name].data.copy_(into)
-        self.embedding_projection.data.copy_(into)
-        absorb(self.norm, [] if self.head_projection is None else [self.head_projection], final)
-        if self.head_projection is None and init == "channel":
-            self.norm.data.copy_(final[chosen] * scale)
-        return self
-
-    def forward(self) -> dict:
-        """The student's weights, composed, but for those that are the teacher's own: {"layers": [{name:
-        weight}], "embedding_projection", "head", "norm"}.
-        """
-        dtype = self.teacher.dtype
+    def compose(self, dtype: torch.dtype) -> dict:
+        """The student's weights, but for those that are the teacher's own: {"layers": [{name: weight}],
+        "embedding_projection", "head", "norm"}."""
         p_embedding = self.embedding_projection.to(dtype)
         p_head = p_embedding if self.head_projection is None else self.head_projection.to(dtype)
-        own = {"embedding_projection": p_embedding, "norm": self.norm.to(dtype)}
+        layers = zip(self.layers, self.teacher.layers, strict=True)
         return {
-            "layers": [
-                layer(teacher, dtype) for layer, teacher in zip(self.layers, self.teacher.layers, strict=True)
-            ],
-            "head": self.teacher.head_weight() @ p_head,
-            **own,
+            "layers": [layer(teacher, dtype) for layer, teacher in layers],
+            "embedding_projection": p_embedding,
+            "head": self.teacher.head_weight().to(dtype) @ p_head,
+            "norm": self.norm.to(dtype),
         }
+
+    def plain_weights(self, dtype: torch.dtype) -> dict:
+        """The student's weights as a plain model of its shape has them; see Llama.forward."""
+        weights = self.compose(dtype)
+        layers = zip(self.teacher.layers, weights["layers"], strict=True)
+        weights["layers"] = [teacher.weights(dtype) | composed for teacher, composed in layers]
+        weights["embedding"] = self.teacher.embedding.to(dtype) @ weights["embedding_projection"]
+        return weights
+
+    @torch.no_grad()
+    def merge(self) -> Llama:
+        """The student as an ordinary Llama, its weights composed in float32."""
+        weights = self.plain_weights(torch.float32)
+        state = {name: weights[name].clone() for name in ("embedding", "norm")}
+        if not self.config.tie_word_embeddings:
+            state["head"] = weights["head"]
+        for i, layer in enumerate(weights["layers"]):
+            state |= {f"layers.{i}.{name}": layer[name].clone() for name in self.config.layer_shapes()}
+        with torch.device("meta"):
+            student = Llama(self.config)
+        student.load_state_dict(state, strict=True, assign=True)
+        return student
+
+    def lock_step(self, ids: Tensor, student: dict, documents=None) -> Iterator[tuple]:
+        """The one walk over teacher and student together: yields (x_t [B, T, d_T], x_s [B, T, d_S], clone
+        losses) of every layer. ids [B, T]; student: forward()'s result; documents: document_layout's."""
+        teacher = self.teacher
+        losses = self.loss_config
+        rope, mask = rope_and_mask(self.config, ids, documents)
+        x_t = F.embedding(ids, teacher.embedding).to(teacher.dtype)
+        x_s = x_t @ student["embedding_projection"]
+        for i, (layer, weights) in enumerate(zip(teacher.layers, student["layers"], strict=True)):
+            compared = losses.clone_weight and i not in losses.clone_skip_layers
+            compare = (self.student_config, losses) if compared else None
+            x_t, x_s, terms = layer(
+                self.run_block, teacher.dtype, weights, x_t, x_s, teacher.config, self.config, rope, mask, compare
+            )
+            yield x_t, x_s, terms
 
     def loss(
         self, ids, labels, weights=None, num_labels=None, share=1.0, documents=None, temperature=None
     ) -> dict[str, Tensor]:
-        """Every loss of ids [B, T] against labels [B, T], already shifted (-100: no label), without a host
-        sync.
+        """Every loss of ids [B, T] against labels [B, T], already shifted (-100: no label); no host sync.
 
-        weights, documents: see Llama.loss. temperature: in place of kl_temperature.
+        weights, num_labels, share, documents: see Llama.loss. temperature: in place of kl_temperature.
         Returns {"loss", "lm", "kl", "clone", "terms", "token_lm"}: the optimised total; CE; KL at the
-        temperature without T²; the sum of the clone losses, unweighted; each of them [layers, terms] by
-        CloneConfig.terms(). At temperature 1 also "teacher_lm".
+        temperature without T²; the sum of the clone losses, unweighted; {name: [layers]} of them. At
+        temperature 1 also "teacher_lm".
         """
-        clone, teacher = self.clone, self.teacher
-        student = weights.weights if isinstance(weights, Held) else weights or self()
-        names = clone.terms() if clone.clone_weight else []
-        positions, mask = documents or (torch.arange(ids.shape[1], device=ids.device), None)
-        rope = rope_table(self.config, positions)
-        x_t = F.embedding(ids, teacher.embedding).to(teacher.dtype)
-        x_s = x_t @ student["embedding_projection"]
-        terms = x_t.new_zeros((len(teacher.layers), len(names)), dtype=torch.float32)
-        rows = []
-        for i, (layer, weights) in enumerate(zip(teacher.layers, student["layers"], strict=True)):
-            wanted = [] if i in clone.clone_skip_layers else names
-            arguments = (weights, x_t, x_s, teacher.config, self.config, rope, mask, clone, wanted)
-            x_t, x_s, losses = layer(self.run_block, teacher.dtype, *arguments)
-            rows.append(torch.stack(losses) if losses else terms[i])
-        x_t = rms_norm(x_t, teacher.norm, teacher.config.rms_norm_eps)
+        losses = self.loss_config
+        student = unheld(weights) or self()
+        by_layer = []
+        for i, (x_t, x_s, terms) in enumerate(self.lock_step(ids, student, documents)):  # noqa: B007
+            if self.mean_squares is not None:
+                terms = {name: loss / self.mean_squares[name][i] for name, loss in terms.items()}
+            by_layer.append(terms)
+        x_t = rms_norm(x_t, self.teacher.norm, self.teacher.config.rms_norm_eps)
         x_s = rms_norm(x_s, student["norm"], self.config.rms_norm_eps)
-        temperature = clone.kl_temperature if temperature is None else temperature
-        scales = (clone.lm_weight, clone.kl_weight, temperature, num_labels, share)
-        teacher_head = (x_t, teacher.head_weight())
-        result = head_loss(x_s, student["head"], labels, teacher_head, *scales, self.chunk_loss)
-        result["terms"] = torch.stack(rows) * share * (self.term_scale if names else 1.0)
-        result["clone"] = result["terms"].sum()
-        result["loss"] = result["loss"] + clone.clone_weight * result["clone"]
+        result = head_loss(
+            x_s,
+            student["head"],
+            labels,
+            (x_t, self.teacher.head_weight()),
+            losses.lm_weight,
+            losses.kl_weight,
+            losses.kl_temperature if temperature is None else temperature,
+            num_labels,
+            share,
+            self.chunk_loss,
+        )
+        zero = x_t.new_zeros((), dtype=torch.float32)
+        names = dict.fromkeys(name for terms in by_layer for name in terms)
+        result["terms"] = {
+            name: share * torch.stack([terms.get(name, zero) for terms in by_layer]) for name in names
+        }
+        result["clone"] = sum((values.sum() for values in result["terms"].values()), zero)
+        result["loss"] = result["loss"] + losses.clone_weight * result["clone"]
         return result
 
     def effective_ranks(self, ids: Tensor, weights: dict) -> dict[str, list[float]]:
@@ -966,297 +843,121 @@ class LowRankClone(nn.Module):
             p = p / p.sum()
             return torch.special.entr(p).sum().exp().item()
 
-        teacher, last = self.teacher, len(self.layers) - 1
-        rope = rope_table(self.config, torch.arange(ids.shape[1], device=ids.device))
-        x_t = F.embedding(ids, teacher.embedding).to(teacher.dtype)
-        x_s, ranks = x_t @ weights["embedding_projection"], {"rank_student": [], "rank_teacher": []}
-        for i, (layer, own) in enumerate(zip(teacher.layers, weights["layers"], strict=True)):
-            arguments = (own, x_t, x_s, teacher.config, self.config, rope, None, self.clone, [])
-            x_t, x_s, _ = layer(clone_block, teacher.dtype, *arguments)
+        last = len(self.layers) - 1
+        ranks = {"rank_student": [], "rank_teacher": []}
+        for i, (x_t, x_s, _) in enumerate(self.lock_step(ids, weights)):
             if i in {0, last // 3, 2 * last // 3, last}:
-                for name, x in (("rank_student", x_s), ("rank_teacher", x_t)):
-                    ranks[name].append(effective_rank(x))
+                ranks["rank_student"].append(effective_rank(x_s))
+                ranks["rank_teacher"].append(effective_rank(x_t))
         return ranks
 
     def logits(self, ids: Tensor) -> Tensor:
-        """The student's logits [B, T, V], float32, by its composed weights."""
-        student, dtype = self(), self.teacher.dtype
-        rope = rope_table(self.config, torch.arange(ids.shape[1], device=ids.device))
-        x = F.embedding(ids, self.teacher.embedding).to(dtype) @ student["embedding_projection"]
-        for teacher, weights in zip(self.teacher.layers, student["layers"], strict=True):
-            x, _ = block(x, teacher.weights(dtype) | weights, self.config, rope)
-        return (rms_norm(x, student["norm"], self.config.rms_norm_eps) @ student["head"].T).float()
+        """The student's logits [B, T, V], float32, by its weights composed in the teacher's dtype."""
+        weights = self.plain_weights(self.teacher.dtype)
+        return (hidden_states(weights, ids, self.config) @ head_of(weights).T).float()
 
     @torch.no_grad()
-    def merge(self) -> Llama:
-        """The student as an ordinary Llama, composed in float32."""
-        with torch.device("meta"):
-            student = Llama(self.config)
-        embedding = self.teacher.embedding.float()
-        state = {"embedding": embedding @ self.embedding_projection, "norm": self.norm.clone()}
-        if not self.config.tie_word_embeddings:
-            head = embedding if self.teacher.head is None else self.teacher.head.float()
-            p_head = self.embedding_projection if self.head_projection is None else self.head_projection
-            state["head"] = head @ p_head
-        for i, (layer, teacher) in enumerate(zip(self.layers, self.teacher.layers, strict=True)):
-            weights = teacher.weights(torch.float32)
-            weights |= layer.compose(weights, torch.float32)
-            state |= {f"layers.{i}.{name}": weights[name].clone() for name in self.config.layer_shapes()}
-        student.load_state_dict(state, strict=True, assign=True)
-        return student
+    def calibrate(self, ids: Tensor) -> Tensor:
+        """Runs the teacher on ids [B, T] for what is to be known of it before training.
+
+        With clone_scale="teacher" it sets mean_squares, by which clone losses are divided: the mean square of
+        each activation, the same for every batch and any number of devices. Returns the second moments
+        [d_T, d_T], float64, of the residual stream's directions x / |x|, averaged over tokens and over what
+        each layer and the head read; their trace is 1.
+        """
+        weights = self.teacher()
+        squares = {}
+        covariance = 0.0
+        for row in ids.split(1):
+            for i, (x, activations) in enumerate(walk(weights, row, self.teacher.config)):
+                directions = F.normalize(x[0].float(), dim=-1)
+                covariance = covariance + (directions.T @ directions).double()
+                for name, value in activations.items():
+                    layers = squares.setdefault(name, torch.zeros(len(self.layers), device=ids.device))
+                    layers[i - 1] += value.float().square().mean()
+        if self.loss_config.clone_scale == "teacher":
+            self.mean_squares = {name: total / len(ids) for name, total in squares.items()}
+        return covariance / covariance.trace()
 
 
-def flops(model: Llama | LowRankClone, tokens: int, seq_len: int) -> dict[str, float]:
-    """Floating-point operations of a training step on `tokens` tokens in blocks of seq_len, by part.
+def check_student(teacher: ModelConfig, student: StudentConfig) -> None:
+    """ValueError where a student of this width does not fit the teacher."""
+    d_t = teacher.hidden_size
+    d_s = student.student_hidden_size
+    heads = teacher.num_attention_heads
+    if not 0 < d_s < d_t:
+        raise ValueError(
+            f"student_hidden_size is {d_s}; it must be between 1 and {d_t - 1} (the teacher has {d_t})"
+        )
+    if teacher.model_type == "llama" and d_s % heads:
+        low = d_s // heads * heads
+        near = " or ".join(str(size) for size in (low, low + heads) if 0 < size < d_t)
+        raise ValueError(f"student_hidden_size is {d_s}; a llama needs a multiple of its {heads} heads: {near}")
 
-    Matrix products only, a multiply and an add each; causal attention at half of its square. A trained model
-    counts three times its forward pass (the gradients of inputs and of weights), a frozen one once;
-    composing the student counts twice (the weights, and the gradients of the projections).
+
+# ---- how a clone starts
+
+
+def init_clone(clone: LowRankClone, seed: int, init: str, covariance: Tensor | None = None) -> LowRankClone:
+    """Sets projections and norms; the same for the same seed and covariance, calibrate()'s result.
+
+    "random": N(0, 0.02) and ones, as the authors' code. "orthogonal": orthonormal columns and ones. "channel"
+    (after arXiv 2605.29327) and "pca": the student's stream is the teacher's in one basis U [d_T, d_S], the
+    channels or the principal directions with most of its energy.
     """
-
-    def forward(config, head):
-        matrices = sum(math.prod(shape) for shape in config.layer_shapes().values() if len(shape) == 2)
-        attention = 2 * config.num_attention_heads * config.head_dim * (seq_len + 1)
-        layers = config.num_hidden_layers * (2 * matrices + attention)
-        return tokens * (2 * config.hidden_size * config.vocab_size if head else layers)
-
-    if isinstance(model, Llama):
-        return {"model": 3 * forward(model.config, False), "head": 3 * forward(model.config, True)}
-    big, small, clone = model.teacher.config, model.config, model.clone
-    d_t, d_s = big.hidden_size, small.hidden_size
-    shapes = big.layer_shapes()
-    composed = big.num_hidden_layers * sum(math.prod(shapes[name]) for name in (*READS, *WRITES))
-    losses = 0
-    for name in clone.terms() if clone.clone_weight else ():
-        space = {"attn_out": clone.clone_attn_out, "mlp_out": clone.clone_mlp_out}.get(name)
-        if space == "student":
-            losses += 2 * 2 * d_t * d_s  # the teacher's output times P, and P's gradient
-        elif space == "teacher":
-            # and the input's gradient
-            losses += 2 * 2 * math.prod(shapes["o" if name == "attn_out" else "down"])
-        elif name in ("attn_in", "mlp_in"):
-            losses += 3 * 2 * d_t * d_s
-    return {
-        "teacher": forward(big, False),
-        "compose": 2 * 2 * d_s * (composed + big.vocab_size * d_t),
-        "student": 3 * forward(small, False) + 2 * 2 * tokens * d_t * d_s,
-        "clone losses": tokens * (big.num_hidden_layers - len(clone.clone_skip_layers)) * losses,
-        "head": forward(big, True) + 3 * forward(small, True),
-    }
-
-
-# ---- files: Hugging Face directories and checkpoints
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-
-
-def read_config(path: str | Path) -> ModelConfig:
-    """The config of a Hugging Face directory; ValueError when there is none or it is not supported."""
-    path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a directory; get a model with: hf download NAME --local-dir {path}")
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path} has no config.json; a model is a Hugging Face directory")
-    return ModelConfig.from_hf(read_json(path / "config.json"), str(path / "config.json"))
-
-
-def weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    files = [path / name for name in sorted(names)]
-    for file in files:
-        if not file.is_file():
-            why = f", but {index.name} names it" if len(names) > 1 else ""
-            raise ValueError(f"{file} does not exist{why}")
-    return files
-
-
-def tensor_slices(files: list[Path]) -> dict:
-    """{name: (open file, shape)} of every tensor; ValueError names a file that is not whole."""
-    found = {}
-    for file in files:
-        try:
-            handle = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from None
-        found |= {name: (handle, tuple(handle.get_slice(name).get_shape())) for name in list(handle.keys())}
-    return found
-
-
-def read_tensors(
-    files: list[Path], expected: dict[str, tuple[int, ...]], ignored=(), dtype=None
-) -> dict[str, Tensor]:
-    """The tensors of safetensors files, which must have exactly the expected names and shapes; `ignored` may
-    be there.
-
-    ValueError names what is missing, unexpected or misshapen, before any tensor is read.
-    """
-    found = tensor_slices(files)
-    problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"unexpected {n}" for n in found if n not in expected and not n.endswith(tuple(ignored))]
-    for name, shape in expected.items():
-        if name in found and found[name][1] != tuple(shape):
-            problems.append(f"{name} is {list(found[name][1])}, config.json says {list(shape)}")
-    if problems:
-        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise ValueError(f"{files[0].parent}: weights do not fit: {'; '.join(problems[:6])}{more}")
-    return {name: found[name][0].get_tensor(name).to(dtype) for name in expected}
-
-
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
-    """A Llama from a Hugging Face directory, its weights in `dtype`; strict, see read_tensors."""
-    path, config = Path(path), read_config(path)
-    names = config.weight_names()
-    ignored = ("rotary_emb.inv_freq",) + (("lm_head.weight",) if config.tie_word_embeddings else ())
-    expected = {name: shape for name, (_, shape) in names.items()}
-    tensors = read_tensors(weight_files(path), expected, ignored, dtype)
-    with torch.device("meta"):
-        model = Llama(config, dtype)
-    state = {names[name][0]: tensor for name, tensor in tensors.items()}
-    model.load_state_dict(state, strict=True, assign=True)
-    return model
-
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-
-
-def save_model(
-    model: Llama, path: Path, dtype: torch.dtype, tokenizer: str | Path | None, max_shard_bytes=5 * 10**9,
-    state: dict[str, Tensor] | None = None,
-):  # fmt: skip
-    """Writes a Hugging Face directory for transformers 4 and 5, with `tokenizer`'s files.
-
-    state: the model's state_dict, whole, where its own is sharded.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(model.config.to_hf(dtype), indent=2) + "\n")
-    state = model.state_dict() if state is None else state
-    shards, size = [{}], 0
-    for name, (ours, _) in model.config.weight_names().items():
-        tensor = state[ours].to(dtype).contiguous()
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards, size = [*shards, {}], 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    files = ["model.safetensors"]
-    if len(shards) > 1:
-        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for file, shard in zip(files, shards, strict=True):
-        save_file(shard, path / file, metadata={"format": "pt"})
-    generation = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
-    source = Path(tokenizer) if tokenizer else path
-    if (source / "generation_config.json").is_file():
-        generation = read_json(source / "generation_config.json")
-    (path / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    for name in TOKENIZER_FILES:
-        if source != path and (source / name).is_file():
-            (path / name).write_bytes((source / name).read_bytes())
-
-
-def fingerprint(model: Llama) -> str:
-    """A hash of a model's shapes and of 64 values of each weight, at the precision of bfloat16: the same for
-    any dtype, device or sharding it is loaded in, another for a fine-tuned copy."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        flat = weight.detach().flatten()
-        sample = flat[torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64, device=flat.device).long()]
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(sample.to(torch.bfloat16).float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def save_clone(
-    clone: LowRankClone, path: Path, teacher: str, tokenizer: str, tensors=None, teacher_fingerprint=None
-) -> None:
-    """Writes the trained tensors, and in config.json everything else needed to rebuild the clone.
-
-    tensors, teacher_fingerprint: clone.trained() and the teacher's fingerprint, where the clone is sharded.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    tensors = clone.trained() if tensors is None else tensors
-    tensors = {name: p.detach().float().contiguous() for name, p in tensors.items()}
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "model_type": "low_rank_clone",
-        "teacher": teacher,
-        "teacher_absolute": str(Path(teacher).resolve()),
-        "teacher_fingerprint": teacher_fingerprint or fingerprint(clone.teacher),
-        "tokenizer": tokenizer,
-        "clone": dataclasses.asdict(clone.clone),
-    }
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def clone_directories(path: Path, teacher: str | None = None) -> tuple[str, str]:
-    """Where the teacher and the tokenizer of a clone are now; teacher: its directory, where it has moved."""
-    config = read_json(path / "config.json")
-    if teacher is None:
-        teacher = next((t for t in (config["teacher"], config["teacher_absolute"]) if Path(t).is_dir()), None)
-        if teacher is None:
-            was = config["teacher"]
-            raise ValueError(f"{path}: its teacher {was} is not there; say where with --teacher=DIR")
-    of_its_own = config["tokenizer"] != config["teacher"] and Path(config["tokenizer"]).is_dir()
-    return teacher, config["tokenizer"] if of_its_own else teacher
-
-
-def load_clone(path: str | Path, dtype=torch.float32, teacher: str | None = None) -> LowRankClone:
-    """A clone from its checkpoint; teacher: where its directory is now. Refuses another teacher."""
-    path = Path(path)
-    config, (teacher, _) = read_json(path / "config.json"), clone_directories(path, teacher)
-    model = load_model(teacher, dtype)
-    if fingerprint(model) != config["teacher_fingerprint"]:
-        raise ValueError(f"{path}: {teacher} is not the teacher it was trained with (the weights differ)")
-    options = {name: tuple(v) if isinstance(v, list) else v for name, v in config["clone"].items()}
-    with torch.device("meta"):
-        clone = LowRankClone(model, **options)
-    expected = {name: tuple(p.shape) for name, p in clone.trained().items()}
-    tensors = read_tensors([path / "model.safetensors"], expected, dtype=torch.float32)
-    frozen = {f"teacher.{name}": weight for name, weight in model.state_dict().items()}
-    clone.load_state_dict(tensors | frozen, assign=True)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in clone.trained().items():
+        if name.endswith("norm"):
+            nn.init.ones_(weight)
+        elif init == "orthogonal":
+            gaussian = torch.empty(weight.shape).normal_(generator=generator)
+            weight.data.copy_(torch.linalg.qr(gaussian).Q)
+        else:
+            weight.data.copy_(torch.empty(weight.shape).normal_(0.0, 0.02, generator=generator))
+    if init == "channel":
+        channels = covariance.diagonal().topk(clone.config.hidden_size).indices.sort().values
+        basis = F.one_hot(channels, len(covariance)).T.double()
+        init_from_basis(clone, basis, covariance, torch.ones_like(covariance[0]))
+        if clone.head_projection is None:
+            clone.norm.data.copy_(clone.norm.data / rms(clone.teacher.norm) * clone.teacher.norm[channels])
+    elif init == "pca":
+        balance = torch.ones_like(clone.teacher.norm.double())
+        if clone.head_projection is None:
+            # The head's projection is the embedding's: half of the final norm's weight goes into either.
+            final = clone.teacher.norm.double()
+            balance = (final / rms(final)).clamp(min=0.1).sqrt()
+            covariance = balance[:, None] * covariance * balance
+        basis = torch.linalg.eigh(covariance).eigenvectors[:, -clone.config.hidden_size :]
+        init_from_basis(clone, basis, covariance, balance)
     return clone
 
 
-def load_checkpoint(path: Path, teacher: str | None = None) -> Llama | LowRankClone:
-    """The model of a clone's checkpoint or of a Hugging Face directory."""
-    return load_clone(path, teacher=teacher) if is_clone(path) else load_model(path)
+def rms(x: Tensor) -> Tensor:
+    return x.double().square().mean().sqrt()
 
 
-def tokenizer_directory(path: Path, teacher: str | None = None) -> str:
-    """Where the tokenizer of a clone's checkpoint (or Hugging Face directory) is now."""
-    return clone_directories(path, teacher)[1] if is_clone(path) else str(path)
+def init_from_basis(clone: LowRankClone, basis: Tensor, covariance: Tensor, balance: Tensor) -> None:
+    """Makes the student's stream U^T diag(balance) x of the teacher's x: what writes to it goes through
+    diag(balance) U, what reads it through U, with the teacher's norm weights absorbed.
 
+    basis: U [d_T, d_S], orthonormal. covariance [d_T, d_T]: of balance · x, its trace 1. balance [d_T].
+    """
+    d_t, d_s = basis.shape
+    write = balance[:, None] * basis
+    read = basis / balance[:, None]
+    # Less energy in fewer channels: x / rms(x) of what is kept is smaller by this than the teacher's.
+    scale = ((basis * (covariance @ basis)).sum() * d_t / d_s).sqrt()
 
-def is_clone(path: Path) -> bool:
-    return read_json(path / "config.json").get("model_type") == "low_rank_clone"
+    def absorb(norm: nn.Parameter, projections: list[nn.Parameter], teacher_norm: Tensor) -> None:
+        """The teacher's norm weight goes into the projections that read behind it, as far as a basis allows."""
+        norm.data.fill_(rms(teacher_norm) * scale)
+        for projection in projections:
+            projection.data.copy_(teacher_norm.double()[:, None] / rms(teacher_norm) * read)
 
-
-def checkpoints(out_dir: str | Path) -> list[Path]:
-    """A run's checkpoints, oldest first; a directory has this name only when it is whole."""
-    return sorted(path for path in Path(out_dir).glob("step_*") if path.name[5:].isdigit())
-
-
-def resolve(path: str | Path) -> Path:
-    """A Hugging Face directory or a checkpoint as it is; of an out_dir, its latest checkpoint."""
-    path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"{path} is no directory; give a Hugging Face directory, a checkpoint or an out_dir")
-    if (path / "config.json").is_file():
-        return path
-    found = checkpoints(path)
-    if not found:
-        raise ValueError(f"{path} has neither a config.json nor a checkpoint (step_*)")
-    return found[-1]
+    for layer, teacher in zip(clone.layers, clone.teacher.layers, strict=True):
+        absorb(layer.input_norm, [layer.projection(name) for name in ("q", "k", "v")], teacher.input_norm)
+        absorb(layer.post_norm, [layer.projection(name) for name in ("gate", "up")], teacher.post_norm)
+        for name in WRITES:
+            layer.projection(name).data.copy_(write)
+    clone.embedding_projection.data.copy_(write)
+    absorb(clone.norm, [] if clone.head_projection is None else [clone.head_projection], clone.teacher.norm)

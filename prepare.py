@@ -12,13 +12,16 @@ or of many), each also .gz or .zst, and .parquet (a row). A row with `messages` 
 any other the text under text_key. Text is put between the tokenizer's BOS (where it adds one itself) and EOS;
 a chat is what the tokenizer's chat template makes of it, nothing added.
 
-What cannot be read is reported, counted and skipped, up to max_bad. Killed at any moment, the same command
-goes on from the last checkpoint in OUT.partial and ends with the same bytes.
+One work unit makes one shard. A unit is at most about unit_bytes of input: a byte range of lines or text,
+some row groups, several small files, or a whole compressed or .json file. A worker reads it, tokenizes it,
+writes the shard under a temporary name and renames it. So the same bytes come out for any number of workers,
+and killed at any moment, the same command skips the units that are there in OUT.partial.
+What cannot be read is reported, counted and skipped, up to max_bad.
 
 A shard directory holds meta.json and plain .npy files: tokens_00000.npy (uint16 or uint32 ids),
-ends_00000.npy (int64: where each document ends; one that its shard's end cuts in two ends in the next) and
-with sft, where a document is a row and never cut, mask_00000.npy (uint8: 1 for the tokens to train on);
-heldout_tokens_00000.npy and so on likewise for evaluation.
+ends_00000.npy (int64: where each document ends) and with sft, where a document is a row, mask_00000.npy
+(uint8: 1 for the tokens to train on). heldout_tokens_00000.npy and so on are likewise for evaluation, all
+units' together.
 """
 
 input: str | tuple = "stdlib"  # file or glob, or several; "stdlib": this Python's own library (.py files)
@@ -30,9 +33,9 @@ score_key = "int_score"  # field of a row's score; dots reach into objects (meta
 sft = False  # True: chats as rows, with a loss mask over the assistant's turns; False: packed text
 seq_len = 2048  # longest SFT row, in tokens; the rest of the chat is cut off
 heldout_fraction = 0.02  # of the documents, by a hash of their text, for evaluation
-shard_tokens = 100_000_000  # tokens in one .npy file
+unit_bytes = 64_000_000  # bytes of input, at most about so many, that one worker makes one shard of
 max_bad = 100  # unreadable rows, files or row groups to skip before giving up
-num_workers = 0  # processes that tokenize; 0: one a core
+num_workers = 0  # processes, each at a unit of its own; 0: one a core
 inspect: str | None = None  # shard directory to describe and verify; nothing is written
 
 if __name__ == "__main__":
@@ -40,12 +43,14 @@ if __name__ == "__main__":
 
     configure(globals())
 
-import codecs
 import functools
 import glob
+import gzip
 import hashlib
 import importlib
+import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -53,16 +58,15 @@ import shutil
 import signal
 import sys
 import threading
-import time
 import zlib
 from bisect import bisect_left, bisect_right
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from datetime import datetime
-from itertools import accumulate, chain, islice
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -70,12 +74,13 @@ from tqdm import tqdm
 
 FORMAT = 2
 HEADER = 128  # bytes before the values of a one-dimensional .npy file
-BLOCK = 2**16  # bytes read at a time; bounds what a block of compressed data can grow to
-UNIT = 2**20  # bytes of documents that a worker gets at a time
-PIECE = 2**20  # bytes tokenized at a time: longer documents are cut between two lines
+BLOCK = 2**16  # bytes read at a time where neither lines nor documents say how many
+PIECE = 2**20  # characters tokenized at a time: longer documents are cut between two lines
 LONGEST_TEXT = 2**24  # bytes in which a .txt file is one document; a longer one is several
-LONGEST_OBJECT = 2**26  # characters in which an object of a .json file must end
-CHECKPOINT_SECONDS = 10  # what a kill can cost
+LONGEST_ROW = 2**26  # bytes in which a line, or an object of a .json file, must end
+OPEN_ARRAYS = 256  # shard files open at a time, of the 1024 that a process may have on many systems
+PAD_TO = 128  # tokens to whose multiple a batch of SFT rows is padded: a new length costs a GPU a new plan
+PARQUET_ERRORS = (OSError, ValueError, NotImplementedError)  # that pyarrow raises of a damaged file
 STDLIB = Path(os.__file__).parent
 
 
@@ -124,7 +129,8 @@ def need(module: str, why: str | Path):
 @functools.cache
 def chat_template(path: str | Path) -> Callable[..., str]:
     """The chat template in a tokenizer's directory as a function of messages, set up as transformers does."""
-    config, file = tokenizer_config(path), Path(path) / "chat_template.jinja"
+    config = tokenizer_config(path)
+    file = Path(path) / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
     if isinstance(source, list):
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
@@ -139,10 +145,10 @@ def chat_template(path: str | Path) -> Callable[..., str]:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    # a fixed day, the one Llama's templates fall back to: shards must not depend on when they were made
+    # A fixed day, the one Llama's templates fall back to: shards must not depend on when they were made.
     strftime_now = datetime(2024, 7, 26).strftime
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    # {% generation %} only marks what the assistant says; as an `if` it keeps its whitespace control
+    # {% generation %} only marks what the assistant says; as an `if` it keeps its whitespace control.
     block = re.compile(r"(\{%[-+]?\s*)(end)?generation\b")
     template = environment.from_string(block.sub(lambda m: m[1] + ("endif" if m[2] else "if true"), source))
     fixed = {name: value for name, value in config.items() if name.endswith("_token")}
@@ -150,111 +156,198 @@ def chat_template(path: str | Path) -> Callable[..., str]:
     return lambda messages, **options: template.render(messages=messages, **fixed | options)
 
 
-# Readers give (where, item, its bytes): a line of JSON (bytes), a row (dict) or what is wrong (ValueError).
+# ---- input: work units, and the rows in them
+
+
+class Part(NamedTuple):
+    """A piece of an input file, for one worker."""
+
+    file: Path
+    start: int  # in bytes; of a Parquet file its row group
+    end: int  # likewise, the first that is not in it
+    size: int  # bytes of input, for the progress bar
 
 
 def kind_of(file: Path) -> tuple[str, str]:
     """("jsonl", "gz") of name.jsonl.gz, ("txt", "") of name.txt."""
     stem, _, kind = file.name.rpartition(".")
-    return (stem.rpartition(".")[2], kind) if kind in ("gz", "zst") else (kind, "")
+    if kind in ("gz", "zst"):
+        return stem.rpartition(".")[2], kind
+    return kind, ""
 
 
-def read_blocks(stream, compression: str) -> Iterator[bytes]:
-    """A file's bytes, decompressed; EOFError where compressed data is broken or ends early."""
-    decoder, new_decoder = None, functools.partial(zlib.decompressobj, wbits=31)
-    if compression == "zst":
-        new_decoder = importlib.import_module("zstandard").ZstdDecompressor().decompressobj
-    while raw := stream.read(BLOCK):
-        while raw and compression:
-            try:
-                decoder = decoder or new_decoder()
-                data = decoder.decompress(raw)
-            except Exception as error:  # zlib.error or zstandard.ZstdError
-                raise EOFError(f"broken compression: {error}") from None
-            raw = decoder.unused_data.lstrip(b"\0")  # another member, or padding
-            decoder = None if decoder.eof else decoder
-            yield data
-        yield raw
-    if decoder:
-        raise EOFError("the compressed data ends early")
+def find_files(input: str | list[str]) -> list[Path]:
+    """The input's files in the order they are read."""
+    if input == "stdlib":
+        # encodings and pydoc_data are tables and prose in .py files.
+        skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+        skipped |= {"encodings", "pydoc_data"}
+        return sorted(f for f in STDLIB.rglob("*.py") if not skipped & set(f.relative_to(STDLIB).parts))
+    files = []
+    for pattern in [input] if isinstance(input, str) else input:
+        matches = sorted(Path(f) for f in glob.glob(pattern, recursive=True) if os.path.isfile(f))
+        if not matches:
+            raise ValueError(f"input {pattern} matches no file")
+        files += matches
+    for file in files:
+        kind, compression = kind_of(file)
+        if kind not in ("txt", "py", "jsonl", "json", "parquet") or (kind == "parquet" and compression):
+            raise ValueError(f"{file}: input must be .parquet, or .txt .py .jsonl .json, also as .gz or .zst")
+        if kind == "parquet" or compression == "zst":
+            need("pyarrow", file)
+    return files
 
 
-def pieces(blocks: Iterable[bytes], longest: int) -> Iterator[bytes]:
-    """The same bytes in parts of at most `longest`, cut between two lines, where a token ends anyway."""
-    data, between = b"", re.compile(rb"\S\n(?=\S)")
-    for block in blocks:
-        data += block
-        while len(data) > longest:
-            if match := between.search(data, longest // 2, longest):
-                end = match.end()
-            else:  # between two characters
-                end = next((i for i in range(longest, longest - 4, -1) if data[i] & 0xC0 != 0x80), longest)
-            yield data[:end]
-            data = data[end:]
-    yield data
+def text_columns(settings: dict) -> set[str]:
+    return {settings["text_key"], settings["text_key"].split(".")[0], "messages", "conversations"}
 
 
-def read_text(file: Path, blocks: Iterator[bytes], text_key: str) -> Iterator[tuple]:
-    line = 1
-    for data in pieces(blocks, LONGEST_TEXT):
+def count_parts(size: int, unit_bytes: int) -> int:
+    """A power of two, so that two, four or eight workers end at the same time."""
+    return 1 << (max(1, math.ceil(size / unit_bytes)) - 1).bit_length()
+
+
+def split_file(file: Path, unit_bytes: int, settings: dict) -> Iterator[Part]:
+    """The parts of a file that workers can read side by side."""
+    kind, compression = kind_of(file)
+    size = file.stat().st_size
+    if kind == "parquet":
         try:
-            yield f"{file}:{line}", {text_key: data.decode()}, len(data)
-        except UnicodeDecodeError as error:
-            bad_line = line + data.count(b"\n", 0, error.start)
-            yield f"{file}:{bad_line}", ValueError("invalid UTF-8"), 0
-        line += data.count(b"\n")
+            parquet = open_parquet(file)
+        except PARQUET_ERRORS:  # not Parquet, as its worker will report
+            yield Part(file, 0, 0, size)
+            return
+        names = parquet.schema_arrow.names
+        if not text_columns(settings) & set(names):
+            wanted = f"{settings['text_key']}, messages or conversations"
+            raise ValueError(f"{file} has no column {wanted}; it has {', '.join(names)}")
+        for group in range(parquet.num_row_groups):
+            yield Part(file, group, group + 1, parquet.metadata.row_group(group).total_byte_size)
+    elif compression or kind == "json":
+        yield Part(file, 0, sys.maxsize, size)
+    else:
+        # A part of a text is a document; a file of lines is cut into equal parts.
+        step = LONGEST_TEXT
+        if kind == "jsonl":
+            step = max(1, math.ceil(size / count_parts(size, unit_bytes)))
+        for start in range(0, size, step):
+            end = min(start + step, size)
+            yield Part(file, start, end, end - start)
 
 
-def read_json(file: Path, blocks: Iterator[bytes]) -> Iterator[tuple]:
+def plan_units(files: list[Path], unit_bytes: int, settings: dict) -> list[list[Part]]:
+    """Work units of one size, half to all of unit_bytes, as far as parts allow; in the order of the input."""
+    parts = [part for file in files for part in split_file(file, unit_bytes, settings)]
+    total = max(1, sum(part.size for part in parts))
+    count = count_parts(total, unit_bytes)
+    units = [[] for _ in range(count)]
+    # A part goes where it begins, so that the last unit is no smaller than the others.
+    before = 0
+    for part in parts:
+        units[min(before * count // total, count - 1)].append(part)
+        before += part.size
+    return [unit for unit in units if unit]
+
+
+def skip_line(stream) -> int:
+    """Reads on to the end of a line; returns how many bytes that took."""
+    skipped = 0
+    while data := stream.readline(BLOCK):
+        skipped += len(data)
+        if data.endswith(b"\n"):
+            break
+    return skipped
+
+
+def read_spans(stream, part: Part, size: int) -> Iterator[tuple[int, bytes | ValueError]]:
+    """(offset in bytes, span) of a part: each `size` bytes and on to the end of the line; 0: single lines.
+
+    A part begins after the first newline at or past its start and ends with the line that holds its end, so
+    that neighbours share no line and leave none out. A span whose last line is over LONGEST_ROW is an error.
+    """
+    offset = part.start
+    # The line that the start lies in is the part's before.
+    if offset:
+        stream.seek(offset)
+        offset += skip_line(stream)
+    # One that begins right at the end is skipped by the next part, and so is this one's.
+    while offset <= part.end:
+        span = stream.read(min(size, part.end - offset))
+        line = stream.readline(LONGEST_ROW + 1)
+        length = len(span) + len(line)
+        if not length:
+            return
+        if len(line) > LONGEST_ROW and not line.endswith(b"\n"):
+            length += skip_line(stream)
+            yield offset, ValueError(f"a line over {LONGEST_ROW:,} bytes")
+        else:
+            yield offset, span + line
+        offset += length
+
+
+def read_json(stream, file: Path) -> Iterator[tuple]:
     """Objects of an array, or one after another; one of them in memory."""
-    parse, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,\[\]]*")
-    decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode  # the row's text tells later
-    text, number, wrong = "", 1, None
-    for block in blocks:
-        text += decode(block)
+    parse = json.JSONDecoder().raw_decode
+    between = re.compile(r"[\s,\[\]]*")
+    # What is not UTF-8 becomes surrogates, which the row is refused for later.
+    characters = io.TextIOWrapper(stream, "utf-8", "surrogateescape")
+    text = ""
+    number = 1
+    wrong = None
+    while block := characters.read(BLOCK):
+        text += block
         start = between.match(text).end()
         while start < len(text):
             try:
                 row, end = parse(text, start)
-            except (json.JSONDecodeError, RecursionError) as error:  # cut off by the block's end, or wrong
+            except (json.JSONDecodeError, RecursionError) as error:
+                # It may only be cut off by the block's end; the next block tells.
                 wrong = error
                 break
-            yield f"{file}: object {number}", row, end - start
-            start, number = between.match(text, end).end(), number + 1
+            yield f"{file}: object {number}", row
+            start = between.match(text, end).end()
+            number += 1
         text = text[start:]
-        if len(text) > LONGEST_OBJECT:
+        if len(text) > LONGEST_ROW:
             break
     if text:
-        yield f"{file}: object {number}", ValueError(f"not JSON, and so is what follows: {wrong}"), 0
+        yield f"{file}: object {number}", ValueError(f"not JSON, and so is what follows: {wrong}")
 
 
-def read_parquet(file: Path, stream, settings: dict) -> Iterator[tuple]:
-    """Rows, with only the columns that matter."""
+@functools.lru_cache(maxsize=1)
+def open_parquet(file: Path):
+    """Kept from one row group to the next: the metadata of thousands of them takes a while to read."""
     import pyarrow.parquet
 
-    errors, text, score = (OSError, pyarrow.ArrowException), settings["text_key"], settings["score_key"]
+    return pyarrow.parquet.ParquetFile(file, buffer_size=BLOCK, page_checksum_verification=True)
+
+
+def read_parquet(part: Part, settings: dict) -> Iterator[tuple]:
     try:
-        parquet = pyarrow.parquet.ParquetFile(stream, buffer_size=BLOCK, page_checksum_verification=True)
-    except errors as error:
-        yield str(file), ValueError(f"not Parquet: {error}"), 0
+        parquet = open_parquet(part.file)
+    except PARQUET_ERRORS as error:
+        yield str(part.file), ValueError(f"not Parquet: {error}")
         return
-    names, texts = parquet.schema_arrow.names, {text, text.split(".")[0], "messages", "conversations"}
-    if not texts & set(names):
-        raise ValueError(f"{file} has no column {text}, messages or conversations; it has {', '.join(names)}")
-    columns = [name for name in names if name in texts | {score, score.split(".")[0]}]
-    for group in range(parquet.num_row_groups):
-        number, where = 0, f"{file}: row group {group}"
+    score = settings["score_key"]
+    wanted = text_columns(settings) | {score, score.split(".")[0]}
+    columns = [name for name in parquet.schema_arrow.names if name in wanted]
+    for group in range(part.start, part.end):
+        where = f"{part.file}: row group {group}"
+        number = 0
         try:
-            for batch in parquet.iter_batches(256, [group], columns):
+            # The other cores have workers of their own.
+            for batch in parquet.iter_batches(256, [group], columns, use_threads=False):
                 for row in batch_rows(batch):
                     number += 1
-                    yield f"{where}, row {number}", row, batch.nbytes // batch.num_rows
-        except errors as error:
+                    yield f"{where}, row {number}", row
+        except PARQUET_ERRORS as error:
+            # What was read of the group before the damage is kept.
             lost = parquet.metadata.row_group(group).num_rows - number
-            yield where, ValueError(f"{lost} rows lost: {error}".replace("\n", " ")), 0
+            yield where, ValueError(f"{lost} rows lost: {error}".replace("\n", " "))
 
 
 def batch_rows(batch) -> list[dict | ValueError]:
+    """A batch's rows, one that is not UTF-8 found by itself."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
@@ -263,49 +356,62 @@ def batch_rows(batch) -> list[dict | ValueError]:
         return [row for i in range(batch.num_rows) for row in batch_rows(batch.slice(i, 1))]
 
 
-def read_file(file: Path, stream, settings: dict) -> Iterator[tuple]:
-    kind, compression = kind_of(file)
-    blocks, number = read_blocks(stream, compression), 0
-    try:
-        if kind == "jsonl":
-            rest = b""
-            for block in chain(blocks, [b"\n"]):
-                *lines, rest = (rest + block).split(b"\n")
-                for number, line in enumerate(lines, number + 1):  # noqa: B020
-                    if line.strip():
-                        yield f"{file}:{number}", line, len(line)
-        elif kind == "json":
-            yield from read_json(file, blocks)
-        elif kind == "parquet":
-            yield from read_parquet(file, stream, settings)
-        else:
-            yield from read_text(file, blocks, settings["text_key"])
-    except EOFError as error:
-        yield f"{file}:{number + 1}" if number else str(file), ValueError(error), 0
+def open_stream(file: Path, compression: str):
+    """A file's bytes, decompressed; reading broken or truncated compression raises OSError or EOFError."""
+    if compression == "gz":
+        return gzip.open(file, "rb")
+    if compression == "zst":
+        import pyarrow  # zstandard's reader takes a truncated file for a whole one
+
+        return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"), BLOCK)
+    return open(file, "rb")
 
 
-def read_units(files: list[Path], settings: dict, position: list[int]) -> Iterator[tuple]:
-    """([(where, item)], position after them, input bytes read), of about UNIT bytes of documents each.
+def read_part(part: Part, settings: dict) -> Iterator[tuple]:
+    """(where, row) of a part: a row is a line of JSON (bytes), a dict or what is wrong (ValueError)."""
+    kind, compression = kind_of(part.file)
+    if kind == "parquet":
+        yield from read_parquet(part, settings)
+        return
+    with open_stream(part.file, compression) as stream:
+        try:
+            if kind == "json":
+                yield from read_json(stream, part.file)
+            elif kind == "jsonl":
+                for offset, line in read_spans(stream, part, 0):
+                    if isinstance(line, ValueError) or line.strip():
+                        yield f"{part.file}: line at byte {offset}", line
+            else:
+                for offset, text in read_spans(stream, part, LONGEST_TEXT):
+                    try:
+                        row = text if isinstance(text, ValueError) else {settings["text_key"]: text.decode()}
+                    except UnicodeDecodeError as error:
+                        offset += error.start
+                        row = ValueError("invalid UTF-8")
+                    yield f"{part.file}: text at byte {offset}", row
+        except (EOFError, OSError, zlib.error) as error:
+            if not compression:
+                raise
+            yield str(part.file), ValueError(f"broken compression: {error}")
 
-    A position is [file, items of it that were read].
-    """
-    unit, size, (first, skipped) = [], 0, position
-    before = sum(file.stat().st_size for file in files[:first])
-    for index, file in enumerate(files[first:], first):
-        with open(file, "rb") as stream:
-            items = enumerate(read_file(file, stream, settings), 1)
-            for count, (where, item, item_bytes) in islice(items, skipped, None):
-                unit.append((where, item))
-                size += item_bytes
-                if size >= UNIT or len(unit) == 4096:
-                    yield unit, [index, count], before + stream.tell()
-                    unit, size = [], 0
-        before, skipped = before + file.stat().st_size, 0
-    yield unit, [len(files), 0], before
+
+# ---- documents: the text or the turns of a row, as token ids
 
 
-WORKER = {}  # its settings and tokenizer
+WORKER = {}  # settings, partial, dtypes, max_bad, bos, eos; encode; closing, what ends a turn
 MARK = "\ue000\ue001\ue000"  # private-use characters, which no chat has and no template touches
+
+
+def pieces(text: str) -> Iterator[str]:
+    """The text in parts of at most PIECE characters, cut between two lines, where a token ends anyway."""
+    between = re.compile(r"\S\n(?=\S)")
+    start = 0
+    while len(text) - start > PIECE:
+        match = between.search(text, start + PIECE // 2, start + PIECE)
+        end = match.end() if match else start + PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def split_of(key: str, heldout_fraction: float) -> str:
@@ -327,7 +433,8 @@ def read_chat(turns) -> list[dict]:
     chat = []
     for turn in turns if isinstance(turns, list) and turns else [None]:
         turn = turn if isinstance(turn, dict) else {}
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        role = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
         if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError("no turns, or one without a role (from) or without text as its content (value)")
         role = {"human": "user", "gpt": "assistant"}.get(role, role)
@@ -347,7 +454,9 @@ def chat_segments(chat: list[dict], render: Callable, closing: re.Pattern) -> li
     the template adds, trims or leaves out. What both have stays out: the empty <think> block that Qwen3 puts
     before the last answer, part of the prompt when it answers. A thought that the template keeps is in.
     """
-    full, segments, done = render(chat), [], 0
+    full = render(chat)
+    segments = []
+    done = 0  # characters of it that are in segments
     for i, turn in enumerate(chat):
         if turn["role"] != "assistant":
             continue
@@ -365,20 +474,21 @@ def chat_segments(chat: list[dict], render: Callable, closing: re.Pattern) -> li
     return [*segments, (full[done:], False)]
 
 
-def read_item(where: str, item) -> tuple[str, list[tuple[str | list[int], bool]]] | None:
-    """(split, segments) of a document; None: filtered out; ValueError says what is wrong.
+def read_document(file: Path, row) -> tuple[str, list[tuple[str | list[int], bool]]] | None:
+    """(split, segments) of a row; None: filtered out; ValueError says what is wrong.
 
     A segment is (text or ids, whether they are an assistant's turn).
     """
     settings = WORKER["settings"]
-    if isinstance(item, ValueError):
-        raise item
-    try:
-        row = json.loads(item) if isinstance(item, bytes) else item
-    except UnicodeDecodeError:
-        raise ValueError("invalid UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
+    if isinstance(row, ValueError):
+        raise row
+    if isinstance(row, bytes):
+        try:
+            row = json.loads(row)
+        except UnicodeDecodeError:
+            raise ValueError("invalid UTF-8") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not JSON: {error}") from None
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     if settings["min_score"] is not None:
@@ -390,8 +500,12 @@ def read_item(where: str, item) -> tuple[str, list[tuple[str | list[int], bool]]
     turns = row.get("conversations") if row.get("messages") is None else row["messages"]
     if turns is None:
         text = lookup(row, settings["text_key"])
-        if settings["sft"] or not isinstance(text, str):
-            raise ValueError("not a chat" if settings["sft"] else f"no text under {settings['text_key']}")
+        if settings["sft"]:
+            raise ValueError("not a chat")
+        if not isinstance(text, str):
+            raise ValueError(f"no text under {settings['text_key']}")
+        parts = [WORKER["bos"], *pieces(text), WORKER["eos"]]
+        segments = [(part, False) for part in parts]
     else:
         try:
             render = chat_template(settings["tokenizer"])
@@ -399,64 +513,34 @@ def read_item(where: str, item) -> tuple[str, list[tuple[str | list[int], bool]]
         except Exception as error:  # whatever a template does not like about a chat
             raise ValueError(f"chat: {error}") from None
         text = "".join(segment for segment, _ in segments)
+    key = text
+    if settings["input"] == "stdlib":
+        # The same files are held out in any version of Python.
+        key = str(file.relative_to(STDLIB))
     try:
-        data = text.encode()
+        text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair
         raise ValueError("invalid UTF-8") from None
-    if turns is None:
-        parts = [piece.decode() for piece in pieces([data], PIECE)]
-        segments = [(part, False) for part in (WORKER["bos"], *parts, WORKER["eos"])]
-    path = Path(where.rpartition(":")[0])  # the library's: the same files held out in any version of Python
-    key = str(path.relative_to(STDLIB)) if settings["input"] == "stdlib" else text
-    return (split_of(key, settings["heldout_fraction"]), segments) if text else None
+    if not text:
+        return None
+    return split_of(key, settings["heldout_fraction"]), segments
 
 
-def start_worker(settings: dict, model: Tokenizer, bos: list[int], eos: list[int]) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have workers of their own
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def tokenize(segments: list[tuple[str | list[int], bool]]) -> tuple[list[int], list[bool]]:
+    """(ids, loss mask) of a document."""
+    ids = []
+    mask = []
+    for part, trained in segments:
+        # Each by itself: no token reaches over the boundary of a turn, as none does when it is generated.
+        new = part
+        if isinstance(part, str):
+            new = WORKER["encode"]([part], add_special_tokens=False)[0].ids
+        ids += new
+        mask += [trained] * len(new)
+    return ids, mask
 
-    def end_with_parent():  # which may be killed without a chance to tell
-        multiprocessing.parent_process().join()
-        os._exit(1)
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    special = [token.content for token in model.get_added_tokens_decoder().values() if token.special]
-    closing = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)) or "(?!)"
-    WORKER.update(settings=settings, encode=model.encode_batch_fast, bos=bos, eos=eos)
-    WORKER["closing"] = re.compile(rf"\s*(?:{closing})")
-
-
-def tokenize(unit: list[tuple]) -> tuple[dict, int, list[str]]:
-    """({split: (ids, where in them documents end, loss mask)}, rows filtered out, what was bad)."""
-    settings, encode = WORKER["settings"], WORKER["encode"]
-    results = {split: ([], [], []) for split in ("tokens", "heldout")}
-    filtered, bad = 0, []
-    for where, item in unit:
-        try:
-            document = read_item(where, item)
-        except ValueError as error:
-            bad.append(f"{where}: {error}")
-            continue
-        if document is None:
-            filtered += 1
-            continue
-        split, segments = document
-        ids, ends, mask = results[split]
-        start = len(ids)
-        for part, trained in segments:
-            # each by itself: no token reaches over the boundary of a turn, as none does when it is generated
-            new = part if isinstance(part, list) else encode([part], add_special_tokens=False)[0].ids
-            ids += new
-            mask += [trained] * len(new)
-        if settings["sft"]:
-            del ids[start + settings["seq_len"] :], mask[start + settings["seq_len"] :]
-            if True not in mask[start:]:  # nobody answers, or the question alone is too long
-                del ids[start:], mask[start:]
-                filtered += 1
-                continue
-        ends.append(len(ids))
-    dtypes = (np.uint32, np.int64, np.uint8)
-    return {split: tuple(map(np.array, lists, dtypes)) for split, lists in results.items()}, filtered, bad
+# ---- shards, written
 
 
 def shard_file(split: str, column: str, number: int) -> str:
@@ -471,125 +555,234 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
+def temporary(file: Path) -> Path:
+    """A process's own name for a file until it is whole: one that was killed may not have noticed yet."""
+    return file.with_name(f"{file.name}.{os.getpid()}.tmp")
+
+
+def rename(stream, file: Path) -> None:
+    """Gives a written temporary file its name: whole or not at all, whenever process or machine die."""
+    stream.flush()
+    os.fsync(stream.fileno())
+    stream.close()
+    os.replace(stream.name, file)
+
+
 def write_json(file: Path, value: dict) -> None:
-    """Whole or not at all, whenever the process or the machine dies."""
-    partial = file.with_name("write.tmp")
-    with open(partial, "w", encoding="utf-8") as stream:
+    with open(temporary(file), "w", encoding="utf-8") as stream:
         stream.write(json.dumps(value, indent=2) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
+        rename(stream, file)
+
+
+def load_json(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 class ShardWriter:
-    """Appends documents to one split's shards of at most `limit` tokens.
+    """One shard's .npy files, which grow under temporary names: tokens, ends and, with sft, mask."""
 
-    `state`, which it keeps up to date, says where: the shards that are whole, and how much there is of the
-    open one. What a killed process wrote after its last checkpoint is written over.
+    def __init__(self, directory: Path, split: str, number: int, dtypes: dict[str, str]):
+        self.dtypes = {column: np.dtype(dtype) for column, dtype in dtypes.items()}
+        self.paths = {column: directory / shard_file(split, column, number) for column in dtypes}
+        self.counts = dict.fromkeys(dtypes, 0)
+        self.files = {column: open(temporary(path), "wb") for column, path in self.paths.items()}
+        for file in self.files.values():
+            file.write(bytes(HEADER))
+
+    def append(self, tokens, ends, mask) -> None:
+        """Documents that end at `ends` in tokens."""
+        ends = np.asarray(ends) + self.counts["tokens"]
+        values = {"tokens": tokens, "ends": ends, "mask": mask}
+        for column, file in self.files.items():
+            file.write(np.asarray(values[column], self.dtypes[column]).tobytes())
+            self.counts[column] += len(values[column])
+
+    def close(self) -> list[dict]:
+        """[the shard's entry in meta.json], or [] where there is nothing in it."""
+        sums = {}
+        for column, file in self.files.items():
+            # How long the array is goes into the header, which was left free for it.
+            file.seek(0)
+            header = {
+                "descr": self.dtypes[column].str,
+                "fortran_order": False,
+                "shape": (self.counts[column],),
+            }
+            np.lib.format.write_array_header_1_0(file, header)
+            rename(file, self.paths[column])
+            sums[self.paths[column].name] = sha256(self.paths[column])
+        entry = {"file": self.paths["tokens"].name, "tokens": self.counts["tokens"]}
+        entry |= {"documents": self.counts["ends"], "sha256": sums}
+        if entry["documents"]:
+            return [entry]
+        for path in self.paths.values():
+            path.unlink()
+        return []
+
+
+def start_worker(model: Tokenizer, worker: dict) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have workers of their own
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A file that the parent has open would be read from one position by all.
+    open_parquet.cache_clear()
+
+    def end_with_parent():  # which may be killed without a chance to tell
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    # An assistant's turn ends with the special token that follows it, the longest that fits.
+    special = [token.content for token in model.get_added_tokens_decoder().values() if token.special]
+    closing = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)) or "(?!)"
+    WORKER.update(worker, encode=model.encode_batch_fast, closing=re.compile(rf"\s*(?:{closing})"))
+
+
+def write_unit(number: int, parts: list[Part]) -> dict:
+    """Makes the unit's shard, and a part of the held-out one in units/, unless they are there.
+
+    Returns {"filtered", "bad", "splits"}, as in units/00000.json, which is written last.
     """
-
-    def __init__(self, directory: Path, split: str, dtypes: dict[str, np.dtype], limit: int, state: dict):
-        self.directory, self.split, self.dtypes, self.limit = directory, split, dtypes, limit
-        self.shards, self.counts = state["shards"], state["counts"]
-
-    def path(self, column: str) -> Path:
-        return self.directory / shard_file(self.split, column, len(self.shards))
-
-    def open(self, column: str):
-        self.path(column).touch()
-        return open(self.path(column), "r+b")
-
-    def write(self, tokens: np.ndarray, ends: np.ndarray, mask: np.ndarray) -> None:
-        """Documents that end at `ends` in tokens; with a mask they are rows, which stay whole."""
-        while len(tokens):
-            filled = self.counts["tokens"]
-            whole = int(np.searchsorted(ends, self.limit - filled, side="right"))  # documents that end in it
-            size = self.limit - filled
-            if "mask" in self.dtypes:
-                size = int(ends[whole - 1]) if whole else 0
-            parts = {"tokens": tokens[:size], "ends": ends[:whole] + filled, "mask": mask[:size]}
-            for column, dtype in self.dtypes.items():
-                with self.open(column) as file:
-                    file.seek(HEADER + self.counts[column] * dtype.itemsize)
-                    file.write(parts[column].astype(dtype).tobytes())
-                self.counts[column] += len(parts[column])
-            tokens, ends, mask = tokens[size:], ends[whole:] - size, mask[size:]
-            if len(tokens):
-                self.close()
-
-    def flush(self) -> None:
-        """Makes the open shard, if there is one, a .npy file of what was written."""
-        for column, dtype in self.dtypes.items() if self.counts["tokens"] else ():
-            header = {"descr": dtype.str, "fortran_order": False, "shape": (self.counts[column],)}
-            with self.open(column) as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                file.truncate(HEADER + self.counts[column] * dtype.itemsize)
-                os.fsync(file.fileno())
-
-    def close(self) -> None:
-        self.flush()
-        if self.counts["tokens"]:
-            paths = [self.path(column) for column in self.dtypes]
-            shard = {"file": paths[0].name, "tokens": self.counts["tokens"], "documents": self.counts["ends"]}
-            self.shards.append(shard | {"sha256": {path.name: sha256(path) for path in paths}})
-            self.counts.update(dict.fromkeys(self.counts, 0))
+    settings = WORKER["settings"]
+    partial = WORKER["partial"]
+    done = partial / "units" / f"{number:05d}.json"
+    if done.is_file():
+        return load_json(done)
+    writers = {
+        "tokens": ShardWriter(partial, "tokens", number, WORKER["dtypes"]),
+        "heldout": ShardWriter(partial / "units", "heldout", number, WORKER["dtypes"]),
+    }
+    filtered = 0
+    bad = []
+    for part in parts:
+        for where, row in read_part(part, settings):
+            try:
+                document = read_document(part.file, row)
+            except ValueError as error:
+                bad.append(f"{where}: {error}")
+                check_bad(bad, WORKER["max_bad"])
+                continue
+            if document is None:
+                filtered += 1
+                continue
+            split, segments = document
+            ids, mask = tokenize(segments)
+            if settings["sft"]:
+                ids = ids[: settings["seq_len"]]
+                mask = mask[: settings["seq_len"]]
+                if True not in mask:  # nobody answers, or the question alone is too long
+                    filtered += 1
+                    continue
+            writers[split].append(ids, [len(ids)], mask)
+    # The JSON comes last: where it is there, so are the shards.
+    splits = {split: writer.close() for split, writer in writers.items()}
+    result = {"filtered": filtered, "bad": bad, "splits": splits}
+    write_json(done, result)
+    return result
 
 
-def find_files(input: str | list[str]) -> list[Path]:
-    """The input's files in the order they are read."""
-    if input == "stdlib":
-        # encodings and pydoc_data are tables and prose in .py files
-        skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-        skipped |= {"encodings", "pydoc_data"}
-        return sorted(f for f in STDLIB.rglob("*.py") if not skipped & set(f.relative_to(STDLIB).parts))
-    files = []
-    for pattern in [input] if isinstance(input, str) else input:
-        matches = sorted(Path(f) for f in glob.glob(pattern, recursive=True) if os.path.isfile(f))
-        if not matches:
-            raise ValueError(f"input {pattern} matches no file")
-        files += matches
-    for file in files:
-        kind, compression = kind_of(file)
-        if kind not in ("txt", "py", "jsonl", "json", "parquet") or (kind == "parquet" and compression):
-            raise ValueError(f"{file}: input must be .parquet, or .txt .py .jsonl .json, also as .gz or .zst")
-        if kind == "parquet" or compression == "zst":
-            need("pyarrow" if kind == "parquet" else "zstandard", file)
-    return files
+def check_bad(bad: list[str], max_bad: int) -> None:
+    if len(bad) > max_bad:
+        raise ValueError(
+            f"{len(bad)} bad documents, more than max_bad = {max_bad}, the last {bad[-1]}; "
+            "the same command with a higher --max_bad goes on from here"
+        )
 
 
-def in_order(pool: ProcessPoolExecutor, units: Iterator[tuple], depth: int) -> Iterator[tuple]:
-    """(tokenize's result, *rest) for every (unit, *rest), in order, at most `depth` units at a time."""
-    pending = deque()
-    for unit, *rest in units:
-        pending.append((pool.submit(tokenize, unit), rest))
-        if len(pending) >= depth:
-            future, rest = pending.popleft()
-            yield future.result(), *rest
-    for future, rest in pending:
-        yield future.result(), *rest
+def join_heldout(partial: Path, units: list[dict], dtypes: dict[str, str]) -> list[dict]:
+    """Makes one shard of the units' held-out documents, few in each, in which blocks would not fit."""
+    writer = ShardWriter(partial, "heldout", 0, dtypes)
+    for number, unit in enumerate(units):
+        if unit["splits"]["heldout"]:
+            files = {column: shard_file("heldout", column, number) for column in dtypes}
+            arrays = {c: np.load(partial / "units" / file, mmap_mode="r") for c, file in files.items()}
+            writer.append(arrays["tokens"], arrays["ends"], arrays.get("mask"))
+    return writer.close()
+
+
+def check_settings(file: Path, settings: dict) -> None:
+    """ValueError where a directory was begun with other settings, by its meta.json or settings.json."""
+    begun = load_json(file)["settings"]
+    for name, value in settings.items():
+        if begun.get(name) != value:
+            wrong = f"was begun with {name} = {begun.get(name)!r}, not {value!r}"
+            raise ValueError(f"{file.parent} {wrong}; remove it or choose another --out")
+
+
+def run_units(units: list[list[Part]], workers: int, max_bad: int, arguments: tuple) -> list[dict]:
+    """write_unit's results for all units, worked on in any order."""
+    sizes = [sum(part.size for part in unit) for unit in units]
+    bar = tqdm(total=sum(sizes), unit="B", unit_scale=True)
+    bad = []
+    try:
+        pool = ProcessPoolExecutor(workers, None, start_worker, arguments)
+        futures = [pool.submit(write_unit, number, unit) for number, unit in enumerate(units)]
+        size_of = dict(zip(futures, sizes, strict=True))
+        for future in as_completed(futures):
+            for reason in future.result()["bad"]:
+                bar.write(f"skipped {reason}", file=sys.stderr)
+                bad.append(reason)
+            check_bad(bad, max_bad)
+            bar.update(size_of[future])
+        pool.shutdown()
+        return [future.result() for future in futures]
+    except BrokenProcessPool:  # as the kernel does when memory is short
+        raise ValueError("a worker was killed; the same command goes on with the units left") from None
+    finally:
+        # After an error or Ctrl-C nobody waits for units that are not whole, which can take hours.
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        bar.close()
+
+
+def begin(partial: Path, settings: dict) -> io.TextIOWrapper:
+    """Makes the directory, or takes it as an earlier call with these settings left it; returns its lock."""
+    import fcntl  # which Windows has not; the readers below work there too
+
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = open(partial / "lock", "w")  # this process's until it ends, however it does
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"another process is writing {partial}") from None
+    if (partial / "progress.json").is_file():
+        raise ValueError(f"{partial} was begun by an earlier version; remove it or choose another --out")
+    if (partial / "settings.json").is_file():
+        check_settings(partial / "settings.json", settings)
+    else:
+        (partial / "units").mkdir(exist_ok=True)
+        write_json(partial / "settings.json", {"settings": settings})
+    for stale in partial.rglob("*.tmp"):
+        stale.unlink()
+    return lock
+
+
+def tidy(out: Path) -> None:
+    """Removes what a finished directory was made from, and its reader does not look at."""
+    shutil.rmtree(out / "units", ignore_errors=True)
+    (out / "settings.json").unlink(missing_ok=True)
+    (out / "lock").unlink(missing_ok=True)
 
 
 def write_shards(
     input=input, out=out, tokenizer=tokenizer, text_key=text_key, min_score=min_score, score_key=score_key,
-    sft=sft, seq_len=seq_len, heldout_fraction=heldout_fraction, shard_tokens=shard_tokens, max_bad=max_bad,
+    sft=sft, seq_len=seq_len, heldout_fraction=heldout_fraction, unit_bytes=unit_bytes, max_bad=max_bad,
     num_workers=num_workers,
 ) -> None:  # fmt: skip
     """Tokenizes the input into the shard directory `out`; ValueError before any work if something is missing.
 
     Goes on in out.partial where an earlier call with the same settings was cut off.
     """
-    # what decides which bytes are written
+    # What decides which bytes are written.
     settings = {k: v for k, v in locals().items() if k not in ("out", "max_bad", "num_workers")}
     settings = json.loads(json.dumps(settings, default=str))  # as they are when read back
-    import fcntl  # which Windows has not; the readers below work there too
-
-    out, partial = Path(out), Path(f"{out}.partial")
-    if out.exists():
-        raise ValueError(f"{out} exists; remove it or choose another --out")
+    out = Path(out)
+    partial = Path(f"{out}.partial")
+    if out.exists() and not (out / "meta.json").is_file():
+        raise ValueError(f"{out} exists and is no shard directory; remove it or choose another --out")
     if not 0 <= heldout_fraction < 1:
         raise ValueError(f"heldout_fraction is {heldout_fraction}; it must be from 0 to below 1")
-    if shard_tokens < (seq_len if sft else 2) or seq_len < 2:
-        raise ValueError(f"seq_len is {seq_len}, shard_tokens {shard_tokens}; a shard must hold an SFT row")
+    if unit_bytes < 1 or seq_len < 2:
+        raise ValueError(f"unit_bytes is {unit_bytes}, seq_len {seq_len}; they must be at least 1 and 2")
     files = find_files(settings["input"])
     plain = [file for file in files if kind_of(file)[0] in ("txt", "py")]
     if plain and (sft or min_score is not None):
@@ -597,108 +790,73 @@ def write_shards(
     model = load_tokenizer(tokenizer)
     if sft:
         chat_template(tokenizer)
-    bos, eos = special_ids(model, tokenizer)
-    vocab_size = max(model.get_vocab().values()) + 1
-    dtypes = {"tokens": np.dtype("<u2" if vocab_size <= 2**16 else "<u4"), "ends": np.dtype("<i8")}
-    dtypes |= {"mask": np.dtype("u1")} if sft else {}
 
-    sizes = [file.stat().st_size for file in files]
-    listing = hashlib.sha256(json.dumps([[str(file) for file in files], sizes]).encode()).hexdigest()
-    settings["input_files"] = f"{len(files)} files, {sum(sizes):,} bytes, {listing[:16]}"
+    # Of the input, names, sizes and times of change stand for what is in it.
+    stats = [file.stat() for file in files]
+    listing = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)]
+    digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+    total_size = sum(stat.st_size for stat in stats)
+    settings["input_files"] = f"{len(files)} files, {total_size:,} bytes, {digest}"
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     found = [Path(tokenizer) / name for name in names if (Path(tokenizer) / name).is_file()]
     settings["tokenizer_files"] = {file.name: sha256(file) for file in found}
-    state = {"settings": settings, "position": [0, 0], "bytes": 0, "filtered": 0, "bad": 0, "first_bad": []}
-    for split in ("tokens", "heldout"):
-        state[split] = {"shards": [], "counts": dict.fromkeys(dtypes, 0)}
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = open(partial / "lock", "w")  # held until this process ends, however it does
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"another process is writing {partial}") from None
-    if (partial / "progress.json").is_file():
-        state = json.loads((partial / "progress.json").read_text(encoding="utf-8"))
-        for name, value in settings.items():
-            if (begun := state["settings"].get(name)) != value:
-                wrong = f"was begun with {name} = {begun!r}, not {value!r}"
-                raise ValueError(f"{partial} {wrong}; remove it first")
-        print(f"going on in {partial}: {state['bytes']:,} bytes of the input are done")
-    else:
-        for stale in set(partial.iterdir()) - {partial / "lock"}:
-            stale.unlink()
-    writers = {s: ShardWriter(partial, s, dtypes, shard_tokens, state[s]) for s in ("tokens", "heldout")}
+    if out.exists():
+        check_settings(out / "meta.json", settings)
+        tidy(out)
+        print(f"{out} is there already, made with the same settings")
+        return
 
-    def checkpoint() -> None:
-        for writer in writers.values():
-            writer.flush()
-        write_json(partial / "progress.json", state)
-
+    bos_ids, eos_id = special_ids(model, tokenizer)
+    vocab_size = max(model.get_vocab().values()) + 1
+    dtypes = {"tokens": "<u2" if vocab_size <= 2**16 else "<u4", "ends": "<i8"}
+    if sft:
+        dtypes["mask"] = "|u1"
+    # The work, a unit a shard.
+    units = plan_units(files, unit_bytes, settings)
+    lock = begin(partial, settings)
+    done = len(list(partial.glob("units/*.json")))
+    if done:
+        print(f"going on in {partial}: {done} of {len(units)} units are done")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers, eos_ids = num_workers or cores, [] if eos is None else [eos]
-    pool = ProcessPoolExecutor(workers, None, start_worker, (settings, model, bos, eos_ids))
-    bar = tqdm(total=sum(sizes), initial=state["bytes"], unit="B", unit_scale=True)
-    started = time.perf_counter()
-    saved, documents, tokens = started - CHECKPOINT_SECONDS, 0, 0  # the first unit ends in a checkpoint
-    try:
-        units = read_units(files, settings, state["position"])
-        for (parts, filtered, bad), position, done in in_order(pool, units, 3 * workers):
-            for reason in bad:
-                bar.write(f"skipped {reason}", file=sys.stderr)
-            if (all_bad := state["bad"] + len(bad)) > max_bad:
-                checkpoint()
-                raise ValueError(
-                    f"{all_bad} bad documents, more than max_bad = {max_bad}, the last {bad[-1]}; "
-                    "the same command with a higher --max_bad goes on from here"
-                )
-            for split, part in parts.items():
-                writers[split].write(*part)
-                documents, tokens = documents + len(part[1]), tokens + len(part[0])
-            bar.update(done - state["bytes"])
-            state |= {"position": position, "bytes": done, "filtered": state["filtered"] + filtered}
-            state |= {"bad": all_bad, "first_bad": (state["first_bad"] + bad)[:100]}
-            now = time.perf_counter()
-            rates = [f"{count / (now - started):,.0f}" for count in (documents, tokens)]
-            bar.set_postfix_str("{} documents/s, {} tokens/s".format(*rates), refresh=False)
-            if now - saved >= CHECKPOINT_SECONDS:
-                checkpoint()
-                saved = now
-    except BrokenProcessPool:  # as the kernel does when memory is short
-        raise ValueError("a worker was killed; the same command goes on from the last checkpoint") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-        bar.close()
-        if not (partial / "progress.json").is_file():
-            shutil.rmtree(partial)
+    worker = {"settings": settings, "partial": partial, "dtypes": dtypes, "max_bad": max_bad}
+    worker |= {"bos": bos_ids, "eos": [] if eos_id is None else [eos_id]}
+    results = run_units(units, num_workers or cores, max_bad, (model, worker))
 
-    for writer in writers.values():
-        writer.close()
-    shards = {split: writer.shards for split, writer in writers.items()}
+    # What came of it, in the order of the input.
+    shards = {
+        "tokens": [shard for unit in results for shard in unit["splits"]["tokens"]],
+        "heldout": join_heldout(partial, results, dtypes),
+    }
     documents = {split: sum(shard["documents"] for shard in shards[split]) for split in shards}
     tokens = {split: sum(shard["tokens"] for shard in shards[split]) for split in shards}
-    dropped = f"{state['filtered']:,} filtered out, {state['bad']:,} bad"
-    if not tokens["tokens"]:
+    filtered = sum(unit["filtered"] for unit in results)
+    bad = [reason for unit in results for reason in unit["bad"]]
+    dropped = f"{filtered:,} filtered out, {len(bad):,} bad"
+    if not shards["tokens"]:
         shutil.rmtree(partial)
         held = f"{documents['heldout']} documents held out"
         raise ValueError(f"the input holds no text to train on: {len(files)} files, {held}, {dropped}")
     meta = {
-        "format": FORMAT, "dtype": dtypes["tokens"].name, "vocab_size": vocab_size,
-        "vocabulary_hash": vocabulary_hash(model), "tokenizer": str(tokenizer), "bos_ids": bos, "eos_id": eos,
-        "sft": sft, "settings": settings, "documents": documents, "filtered": state["filtered"],
-        "bad": state["bad"], "first_bad": state["first_bad"], "splits": shards,
+        "format": FORMAT, "dtype": np.dtype(dtypes["tokens"]).name, "vocab_size": vocab_size,
+        "vocabulary_hash": vocabulary_hash(model), "tokenizer": str(tokenizer), "bos_ids": bos_ids,
+        "eos_id": eos_id, "sft": sft, "settings": settings, "documents": documents, "filtered": filtered,
+        "bad": len(bad), "first_bad": bad[:100], "splits": shards,
     }  # fmt: skip
     write_json(partial / "meta.json", meta)
-    (partial / "progress.json").unlink()
-    (partial / "lock").unlink()
     partial.rename(out)
+    tidy(out)
+    lock.close()
     counts = [f"{documents[split]:,} documents, {tokens[split]:,} tokens" for split in shards]
     print(f"{out}: {counts[0]} for training; {counts[1]} held out; {dropped}")
+
+
+# ---- shards, read
 
 
 def read_meta(path: Path) -> dict:
     if not (path / "meta.json").is_file():
         raise ValueError(f"{path} has no meta.json: not a shard directory (prepare.py writes one)")
-    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    meta = load_json(path / "meta.json")
     if meta["format"] != FORMAT:
         raise ValueError(f"{path} has shard format {meta['format']}, not {FORMAT}: prepare it again")
     return meta
@@ -715,52 +873,79 @@ def read_array(file: Path, length: int, dtype: str) -> np.ndarray:
     return values
 
 
+open_array = functools.lru_cache(maxsize=OPEN_ARRAYS)(read_array)
+
+
+class Batch(NamedTuple):
+    """Samples to train on, packed text, SFT rows or random tokens alike; all arrays are int64."""
+
+    ids: np.ndarray  # [B, T] input tokens, padded with 0
+    labels: np.ndarray  # [B, T] the token after each; -100: not trained on
+    documents: np.ndarray  # [B, T] which document of its block, from 0 on, each token is in
+    source: np.ndarray  # [B] index in `sources` of where each sample is from
+
+
 class Shards:
     """One split of a shard directory as blocks to train on.
 
     Packed (sft = False): a block is seq_len + 1 tokens; blocks overlap by one, for input and next tokens. SFT
-    rows (sft = True): a block is (tokens [n], mask [n]), the mask true for the tokens to train on.
-    ValueError names a directory or file that is not whole, or one without a block.
+    (sft = True): a block is a row. ValueError names a directory or file that is not whole, or one without a
+    block.
     """
 
     def __init__(self, path: str | Path, split: str, seq_len: int, sft: bool = False):
-        self.path, self.seq_len, self.sft, self.meta = Path(path), seq_len, sft, read_meta(Path(path))
+        self.path = Path(path)
+        self.seq_len = seq_len
+        self.sft = sft
+        self.meta = read_meta(self.path)
+        self.shards = self.meta["splits"][split]
         if sft and not self.meta["sft"]:
             raise ValueError(f"{path} holds packed text, not SFT rows (prepare.py --sft=True writes those)")
-
-        def arrays(column: str, count: str, dtype: str) -> list[np.ndarray]:
-            shards = enumerate(self.meta["splits"][split])
-            return [read_array(self.path / shard_file(split, column, n), s[count], dtype) for n, s in shards]
-
-        self.tokens = arrays("tokens", "tokens", self.meta["dtype"])
-        self.ends = arrays("ends", "documents", "int64")
-        self.masks = arrays("mask", "tokens", "uint8") if sft else []
-        blocks = [len(e) for e in self.ends] if sft else [max(0, len(t) - 1) // seq_len for t in self.tokens]
+        blocks = []
+        for number, shard in enumerate(self.shards):
+            for column in ("tokens", "ends", "mask") if sft else ("tokens", "ends"):
+                read_array(*self.locate(number, column))  # is it there, and whole?
+            blocks.append(shard["documents"] if sft else max(0, shard["tokens"] - 1) // seq_len)
         self.starts = [0, *accumulate(blocks)]  # first block of each shard
-        self.blocks, total = self.starts[-1], sum(map(len, self.tokens))
+        self.blocks = self.starts[-1]
+        total = sum(shard["tokens"] for shard in self.shards)
         if not self.blocks:
             wanted = "row" if sft else f"block of seq_len {seq_len} + 1"
             raise ValueError(f"{path}: {total} tokens in its {split} split, not one {wanted}")
         self.tokens_per_block = total / self.blocks if sft else seq_len
 
-    def find(self, i: int) -> tuple[int, int]:
-        """(shard, row or first token in it) of block i."""
+    def locate(self, number: int, column: str) -> tuple[Path, int, str]:
+        """(file, length, dtype) of the tokens, ends or mask of shard `number`."""
+        shard = self.shards[number]
+        dtype = {"tokens": self.meta["dtype"], "ends": "int64", "mask": "uint8"}[column]
+        length = shard["documents" if column == "ends" else "tokens"]
+        return self.path / shard["file"].replace("tokens", column), length, dtype
+
+    def array(self, number: int, column: str) -> np.ndarray:
+        """The values themselves, opened again where too many were open."""
+        return open_array(*self.locate(number, column))
+
+    def block(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids, labels, documents), each [T], of block i; T is seq_len, or a row's length - 1."""
         shard = bisect_right(self.starts, i) - 1
-        return shard, (i - self.starts[shard]) * (1 if self.sft else self.seq_len)
+        number = i - self.starts[shard]
+        ends = self.array(shard, "ends")
+        if self.sft:
+            row = slice(ends[number - 1] if number else 0, ends[number])
+            tokens = self.array(shard, "tokens")[row].astype(np.int64)
+            labels = np.where(self.array(shard, "mask")[row], tokens, -100)[1:]
+            return tokens[:-1], labels, np.zeros_like(labels)
+        start = number * self.seq_len
+        end = start + self.seq_len
+        tokens = self.array(shard, "tokens")[start : end + 1].astype(np.int64)
+        # Only the ends within the block; those at its very start belong to what is before it.
+        first, last = np.searchsorted(ends, [start, end], side="right")
+        documents = np.searchsorted(ends[first:last], np.arange(start, end), side="right")
+        return tokens[:-1], tokens[1:], documents
 
-    def block(self, i: int) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        shard, start = self.find(i)
-        if not self.sft:
-            return self.tokens[shard][start : start + self.seq_len + 1].astype(np.int64)
-        row = slice(self.ends[shard][start - 1] if start else 0, self.ends[shard][start])
-        return self.tokens[shard][row].astype(np.int64), self.masks[shard][row].astype(bool)
-
-    def documents(self, i: int) -> np.ndarray:
-        """[seq_len + 1]: 0 for the tokens of packed block i in the document it begins in, then 1, 2, …"""
-        shard, start = self.find(i)
-        ends = self.ends[shard]
-        first, last = np.searchsorted(ends, [start, start + self.seq_len], side="right")
-        return np.searchsorted(ends[first:last] - start, np.arange(self.seq_len + 1), side="right")
+    def count_labels(self, i: int) -> int:
+        """Tokens of block i with a label."""
+        return int((self.block(i)[1] != -100).sum()) if self.sft else self.seq_len
 
 
 def permute(i: int, n: int, seed: int) -> int:
@@ -791,7 +976,9 @@ class Mixture:
     """
 
     def __init__(self, data: dict[str, float | None], split: str, seq_len: int, seed: int, sft: bool = False):
-        self.sources, self.seed = [Shards(path, split, seq_len, sft) for path in data], seed
+        self.sources = [Shards(path, split, seq_len, sft) for path in data]
+        self.seed = seed
+        self.sft = sft
         self.shares = [
             source.blocks if budget is None else max(1, int(budget / source.tokens_per_block))
             for source, budget in zip(self.sources, data.values(), strict=True)
@@ -811,52 +998,50 @@ class Mixture:
         time, k = divmod(taken, blocks)  # how often the source was used up before
         return source, permute(k, blocks, self.seed + 1_000_003 * (source + 1) + time)
 
-    def sample(self, i: int) -> tuple[int, np.ndarray | tuple]:
-        """(index of its source, tokens [seq_len + 1] or an SFT row) of sample i."""
-        source, block = self.place(i)
-        return source, self.sources[source].block(block)
+    def batch(self, first: int, count: int) -> Batch:
+        """Samples first, first + 1, …; T is seq_len, of SFT rows the longest's up to a multiple of PAD_TO."""
+        places = [self.place(i) for i in range(first, first + count)]
+        blocks = [self.sources[source].block(block) for source, block in places]
+        # [B, T], T one length for all; rows are padded to few different ones.
+        length = max(len(ids) for ids, _, _ in blocks)
+        if self.sft:
+            length = -(-length // PAD_TO) * PAD_TO
+        ids = np.zeros((count, length), np.int64)
+        labels = np.full((count, length), -100)
+        documents = np.zeros((count, length), np.int64)
+        for i, block in enumerate(blocks):
+            for array, values in zip((ids, labels, documents), block, strict=True):
+                array[i, : len(values)] = values
+        return Batch(ids, labels, documents, np.array([source for source, _ in places]))
 
-    def batch(self, start: int, count: int) -> np.ndarray:
-        """Samples start, start + 1, … as [count, seq_len + 1]."""
-        return np.stack([self.sample(i)[1] for i in range(start, start + count)])
-
-    def sources_of(self, start: int, count: int) -> np.ndarray:
-        """[count]: the index in `sources` that each sample of a batch is from."""
-        return np.array([self.place(i)[0] for i in range(start, start + count)])
-
-    def documents(self, start: int, count: int) -> np.ndarray:
-        """[count, seq_len + 1]: which document of its block, from 0 on, each token of a batch is in."""
-        places = map(self.place, range(start, start + count))
-        return np.stack([self.sources[source].documents(block) for source, block in places])
-
-    def rows(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """SFT samples as (input tokens, labels), both [count, longest - 1].
-
-        labels are the next tokens, -100 where those are not trained on or padding; input is padded with 0.
-        """
-        rows = [self.sample(i)[1] for i in range(start, start + count)]
-        shape = count, max(len(tokens) for tokens, _ in rows) - 1
-        inputs, labels = np.zeros(shape, np.int64), np.full(shape, -100)
-        for i, (tokens, mask) in enumerate(rows):
-            inputs[i, : len(tokens) - 1] = tokens[:-1]
-            labels[i, : len(tokens) - 1] = np.where(mask[1:], tokens[1:], -100)
-        return inputs, labels
+    def count_labels(self, first: int, count: int) -> int:
+        """Tokens with a label in samples first, first + 1, …"""
+        places = [self.place(i) for i in range(first, first + count)]
+        return sum(self.sources[source].count_labels(block) for source, block in places)
 
 
 class RandomTokens:
     """Uniformly random blocks in place of a Mixture, to measure with."""
 
     def __init__(self, vocab_size: int, seq_len: int):
-        self.vocab_size, self.seq_len, self.total = vocab_size, seq_len, 2**40
+        self.vocab_size = vocab_size
+        self.seq_len = seq_len
+        self.total = 2**40
         self.tokens_per_block = seq_len
 
-    def batch(self, start: int, count: int) -> np.ndarray:
-        return np.random.default_rng(start).integers(0, self.vocab_size, (count, self.seq_len + 1))
+    def batch(self, first: int, count: int) -> Batch:
+        tokens = np.random.default_rng(first).integers(0, self.vocab_size, (count, self.seq_len + 1))
+        documents = np.zeros((count, self.seq_len), np.int64)
+        return Batch(tokens[:, :-1], tokens[:, 1:], documents, np.zeros(count, np.int64))
+
+    def count_labels(self, first: int, count: int) -> int:
+        return count * self.seq_len
 
 
 def describe(directory: str) -> None:
     """Prints what a shard directory holds; ValueError names a file that is not what was written."""
-    path, meta = Path(directory), read_meta(Path(directory))
+    path = Path(directory)
+    meta = read_meta(path)
     model = load_tokenizer(meta["tokenizer"])
     if vocabulary_hash(model) != meta["vocabulary_hash"]:
         raise ValueError(f"{meta['tokenizer']} is no longer the tokenizer that {path} was written with")
@@ -875,11 +1060,11 @@ def describe(directory: str) -> None:
         if not tokens:
             continue
         source = Shards(path, split, 1, meta["sft"])
-        ids = source.tokens[0][: min(256, *source.ends[0][:1])]
+        ids = source.array(0, "tokens")[: min(256, source.array(0, "ends")[0])]
         print(f"  ids     {' '.join(map(str, ids[:24]))} …")
         print(f"  text    {model.decode(ids, skip_special_tokens=False)!r}")
         if meta["sft"]:
-            trained = ids[source.masks[0][: len(ids)] == 1]
+            trained = ids[source.array(0, "mask")[: len(ids)] == 1]
             print(f"  trained {model.decode(trained, skip_special_tokens=False)!r}")
 
 
@@ -889,4 +1074,4 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on from the last checkpoint") from None
+        raise SystemExit("stopped; the same command goes on with the units left") from None

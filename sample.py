@@ -22,7 +22,7 @@ top_p = 1.0  # sample among the likeliest tokens that together have this probabi
 seed = 1  # of the sampling
 device: str | None = None  # None: cuda where there is one, or cpu
 dtype: Literal["float32", "bfloat16"] | None = None  # to compute in; None: bfloat16 on cuda, float32 on cpu
-compile = False  # compile the layers, for a GPU; on a CPU the packed weights of the default are faster
+compile = False  # compile the layers; worth it for long generations
 
 if __name__ == "__main__":
     from configurator import configure
@@ -36,7 +36,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import model as models
+import convert
+from configurator import need_compiler
+from model import Llama, LowRankClone, ModelConfig, head_of, hidden_states, rope_table
 from prepare import chat_template, load_tokenizer, special_ids
 
 
@@ -55,49 +57,9 @@ def pick(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, gen
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-class Packed:
-    """A float32 weight for F.linear, in the layout of oneDNN for a CPU (what torch.compile uses there): two
-    cores read it about twice as fast as MKL reads a plain matrix."""
-
-    def __init__(self, weight: torch.Tensor):
-        # laid out for 16 rows, which is near the best for any number of them
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
-
-    @classmethod
-    def __torch_function__(cls, function, types, arguments, options=None):
-        assert function is F.linear and not options
-        x, packed, bias = (*arguments, None)[:3]
-        return torch.ops.mkldnn._linear_pointwise(x, packed.weight, bias, "none", [], "")
-
-
-class Decoder:
-    """What decoding reads of a model, made once: its weights in its dtype, in the form that is fast there."""
-
-    @torch.inference_mode()
-    def __init__(self, llama: models.Llama, compiled: bool = False):
-        self.config, self.dtype, self.norm = llama.config, llama.dtype, llama.norm
-        self.embedding, self.device = llama.embedding.to(llama.dtype), llama.norm.device
-        self.run_block = torch.compile(models.plain_block, dynamic=True) if compiled else models.plain_block
-        packs = self.device.type == "cpu" and self.dtype == torch.float32 and not compiled
-        pack = Packed if packs and torch.backends.mkldnn.is_available() else (lambda weight: weight)
-        self.layers = [
-            {name: pack(w) if w.dim() == 2 else w for name, w in layer.weights(self.dtype).items()}
-            for layer in llama.layers
-        ]
-        self.head = pack(llama.head_weight())
-
-    def logits(self, ids, rope, mask, caches) -> torch.Tensor:
-        """Logits [B, V], float32, of what follows ids [B, T]; see Llama.hidden_states."""
-        x = F.embedding(ids, self.embedding)
-        for weights, cache in zip(self.layers, caches, strict=True):
-            x = self.run_block(x, weights, self.config, rope, mask, cache)
-        x = models.rms_norm(x[:, -1], self.norm, self.config.rms_norm_eps)
-        return F.linear(x, self.head).float()
-
-
 @torch.inference_mode()
 def generate(
-    llama: models.Llama | Decoder,
+    llama: Llama,
     prompts: list[list[int]],
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -111,35 +73,42 @@ def generate(
     Prompts are padded on the left to one length. Rotary tables, masks and the key/value cache are made once,
     for all tokens to come; a step reads back its tokens and nothing else.
     """
-    decoder = llama if isinstance(llama, Decoder) else Decoder(llama)
-    config, where = decoder.config, decoder.device
-    batch, width = len(prompts), max(map(len, prompts))
+    config = llama.config
+    device = llama.norm.device
+    weights = llama()
+    batch = len(prompts)
+    width = max(map(len, prompts))
     length = width + max_new_tokens
     shape = (batch, config.num_key_value_heads, length, config.head_dim)
-    caches = [[torch.zeros(shape, dtype=decoder.dtype, device=where) for _ in "kv"] for _ in decoder.layers]
-    tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=where)
-    positions, mask, real = torch.arange(length, device=where), None, None
+    caches = [[torch.zeros(shape, dtype=llama.dtype, device=device) for _ in "kv"] for _ in llama.layers]
+    tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    positions = torch.arange(length, device=device)
+    mask = None
+    real = None
     if any(len(p) < width for p in prompts):
-        padding = torch.tensor([width - len(p) for p in prompts], device=where)[:, None]
+        padding = torch.tensor([width - len(p) for p in prompts], device=device)[:, None]
         real = (positions >= padding)[:, None, None]  # [B, 1, 1, L]: keys that are not padding
         order = positions[:width]
         # a padding row sees itself, so that its softmax has something to divide by
         mask = (real[..., :width] & (order[:, None] >= order)) | (order[:, None] == order)
         positions = (positions - padding).clamp(min=0)[:, None]  # [B, 1, L]
-    rope = models.rope_table(config, positions)
-    generator = torch.Generator(where).manual_seed(seed)
-    finished, start = [False] * batch, 0
+    cos, sin = rope_table(config, positions)
+    generator = torch.Generator(device).manual_seed(seed)
+    finished = [False] * batch
+    start = 0
     for end in range(width, length):
-        now = tuple(table[..., start:end, :] for table in rope)
+        now = cos[..., start:end, :], sin[..., start:end, :]
         slots = [(keys, values, start) for keys, values in caches]
-        logits = decoder.logits(tokens, now, mask, slots)
+        x = hidden_states(weights, tokens, config, rope=now, mask=mask, caches=slots, layer=llama.run_block)
+        logits = F.linear(x[:, -1], head_of(weights)).float()
         chosen = pick(logits, temperature, top_k, top_p, generator)
         ids = chosen.tolist()
         finished = [done or token in stop_ids for done, token in zip(finished, ids, strict=True)]
         yield [None if done else token for done, token in zip(finished, ids, strict=True)]
         if all(finished):
             return
-        tokens, start = chosen[:, None], end
+        tokens = chosen[:, None]
+        start = end
         mask = None if real is None else real[..., : end + 1]
 
 
@@ -158,21 +127,21 @@ class Streamer:
         return new
 
 
-def ending_ids(eos: int | None, config: models.ModelConfig, directory: str) -> tuple[int, ...]:
+def ending_ids(eos: int | None, config: ModelConfig, directory: str) -> tuple[int, ...]:
     """The ids that end a text or a turn: the tokenizer's, the model's and generation_config.json's EOS."""
     ids, file = [eos, config.eos_token_id], Path(directory) / "generation_config.json"
     if file.is_file():
-        ids.append(models.read_json(file).get("eos_token_id"))
+        ids.append(convert.read_json(file).get("eos_token_id"))
     ids = [i for given in ids for i in (given if isinstance(given, list) else [given])]
     return tuple({i for i in ids if i is not None})
 
 
-def stream(decoder: Decoder, tokens, ids: list[int], seed: int, stop_ids: tuple[int, ...]) -> list[int]:
+def stream(llama: Llama, tokens, ids: list[int], seed: int, stop_ids: tuple[int, ...]) -> list[int]:
     """Prints the continuation of ids as it comes and returns it; in a chat, Ctrl-C only ends it."""
     streamer = Streamer(tokens)
     arguments = (max_new_tokens, temperature, top_k, top_p, seed, stop_ids)
     try:
-        for (token,) in generate(decoder, [ids], *arguments):
+        for (token,) in generate(llama, [ids], *arguments):
             if token is not None:
                 print(streamer.add(token), end="", flush=True)
     except KeyboardInterrupt:
@@ -182,9 +151,9 @@ def stream(decoder: Decoder, tokens, ids: list[int], seed: int, stop_ids: tuple[
     return streamer.ids
 
 
-def converse(decoder: Decoder, tokens, render, stop_ids: tuple[int, ...]) -> None:
+def converse(llama: Llama, tokens, render, stop_ids: tuple[int, ...]) -> None:
     """A chat in the terminal, a line a turn; its oldest turns are forgotten when the context is full."""
-    history, room = [], decoder.config.max_position_embeddings - max_new_tokens
+    history, room = [], llama.config.max_position_embeddings - max_new_tokens
     instructions = [{"role": "system", "content": system}] if system else []
     print("Ctrl-C stops a reply; an empty line or Ctrl-D leaves.")
     for turn in itertools.count():
@@ -201,29 +170,30 @@ def converse(decoder: Decoder, tokens, render, stop_ids: tuple[int, ...]) -> Non
             if len(ids) <= room or len(history) == 1:
                 break
             del history[:2]
-        reply = stream(decoder, tokens, ids, seed + turn, stop_ids)
+        reply = stream(llama, tokens, ids, seed + turn, stop_ids)
         history.append({"role": "assistant", "content": tokens.decode(reply).strip()})
 
 
 def main() -> None:
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device_used = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if compile:
-        models.need_compiler(where)
-    directory = tokenizer or models.tokenizer_directory(models.resolve(model), teacher)
+        need_compiler(device_used.type)
+    directory = tokenizer or convert.tokenizer_directory(convert.resolve(model), teacher)
     tokens, render = load_tokenizer(directory), chat_template(directory) if chat else None
-    llama = models.load_checkpoint(models.resolve(model), teacher)
+    llama = convert.load_checkpoint(convert.resolve(model), teacher)
     if tokens.get_vocab_size() > llama.config.vocab_size:
         raise ValueError(
             f"{directory} has {tokens.get_vocab_size()} tokens; {model} has {llama.config.vocab_size}"
         )
-    llama = llama.merge() if isinstance(llama, models.LowRankClone) else llama
-    llama.dtype = getattr(torch, dtype or ("bfloat16" if where.type == "cuda" else "float32"))
-    decoder = Decoder(llama.to(where, llama.dtype), compile)
-    del llama  # packed weights are copies
+    llama = llama.merge() if isinstance(llama, LowRankClone) else llama
+    llama.dtype = getattr(torch, dtype or ("bfloat16" if device_used.type == "cuda" else "float32"))
+    llama = llama.to(device_used, llama.dtype)
+    if compile:
+        llama.run_block = torch.compile(llama.run_block, dynamic=True)
     bos, eos = special_ids(tokens, directory)
-    stop_ids = ending_ids(eos, decoder.config, directory)
+    stop_ids = ending_ids(eos, llama.config, directory)
     if chat:
-        return converse(decoder, tokens, render, stop_ids)
+        return converse(llama, tokens, render, stop_ids)
     ids = bos + tokens.encode(prompt, add_special_tokens=False).ids
     if not ids:
         if eos is None:
@@ -233,7 +203,7 @@ def main() -> None:
         if num_samples > 1:
             print(f"--- {i + 1}")
         print(prompt, end="", flush=True)
-        stream(decoder, tokens, ids, seed + i, stop_ids)
+        stream(llama, tokens, ids, seed + i, stop_ids)
 
 
 if __name__ == "__main__":

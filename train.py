@@ -12,7 +12,8 @@
     python train.py config/X.py --resume=True     # goes on from the last checkpoint in out_dir
     python train.py config/X.py --init_from=out/X --eval_only=True            # held-out loss of a model
 
-The options come first, then the pieces of the loop that are longer than their names, then the loop in `main`.
+The options come first, then what differs between one process and many, then the pieces of a step, then `main`:
+what can be refused, device, model, data, optimizer, the loop. tools/bench.py measures the step.
 """
 
 from typing import Literal
@@ -67,14 +68,13 @@ log_every = 10  # steps between lines of metrics.jsonl
 eval_every = 500  # steps between evaluations on held-out blocks, besides the one at the end; 0: none at all
 eval_blocks = 128  # held-out blocks of an evaluation
 eval_only = False  # evaluate the model of init_from, and the teacher where there is one, and end
-sample_prompt = "def read("  # the student and the teacher continue it at the end of the run; "" does not
+sample_prompt: str | None = None  # model and teacher continue it at the end; None: the quickstart's, else none
 wandb = False  # log to Weights & Biases too, where installed; what goes wrong there never stops the run
 wandb_project = "low-rank-clone"  # there
 run_name: str | None = None  # there; None: out_dir
 tags: tuple = ()  # there
 compile: bool | None = None  # torch.compile of a layer (one, used for all) and of the loss; None: on cuda
 activation_checkpointing = False  # keep only the layers' inputs; each layer runs again in backward
-benchmark = False  # time every step; at the end, FLOPs by part and the fraction of the matmul rate achieved
 parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: replicas of everything, or shards (FSDP2)
 replicas = 1  # of the shards, for fsdp: number of nodes to shard within each and replicate across (HSDP)
 device: str | None = None  # None: cuda where there is one, or cpu
@@ -86,7 +86,6 @@ if __name__ == "__main__":
     options = configure(globals())
 
 import contextlib
-import dataclasses
 import functools
 import json
 import math
@@ -95,7 +94,6 @@ import re
 import resource
 import shutil
 import signal
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -123,54 +121,63 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import convert
 import model as models
-from prepare import Mixture, RandomTokens, load_tokenizer, special_ids, vocabulary_hash, write_shards
+from configurator import need_compiler
+from prepare import Mixture, load_tokenizer, special_ids, vocabulary_hash, write_shards
 from sample import generate
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
-BAR = {"disable": RANK > 0}  # for tqdm
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets these
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+QUICKSTART = "data/quickstart"
 
 
-def say(text: str, bar=None) -> None:
+def print0(text: str, bar=None) -> None:
     if RANK == 0:
         (bar.write if bar else print)(text)
 
 
-# ---- devices and processes: what differs between a CPU and GPUs, one and many
+# ---- one process or many, a CPU or GPUs
 
 
 def start_device() -> torch.device:
     """This process's device, its process group begun under torchrun."""
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if where.type == "cuda":
-        where = torch.device("cuda", where.index or int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(where)
-    if WORLD_SIZE > 1:
-        # gloo beside nccl: what is decided on the CPU (stop? failed?) need not wait for the GPU
-        backend, rendezvous = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", {}
-        one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-        if one_node and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun's store still has the addresses from before a restart, which ranks would wait for
-            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-            store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-            rendezvous = {"store": store, "rank": RANK, "world_size": WORLD_SIZE}
-        dist.init_process_group(backend, **rendezvous)
-    return where
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", chosen.index or int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(chosen)
+    if WORLD_SIZE == 1:
+        return chosen
+    # gloo beside nccl: what is decided on the CPU (stop? failed?) need not wait for the GPU
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    rendezvous = {}
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    if one_node and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's store still has the addresses from before a restart, which ranks would wait for
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        rendezvous = {"store": store, "rank": RANK, "world_size": WORLD_SIZE}
+    dist.init_process_group(backend, **rendezvous)
+    return chosen
 
 
-def to_device(array, where: torch.device) -> torch.Tensor:
-    """A numpy array or CPU tensor on the device, the copy not waited for."""
+def dtype_on(device: torch.device) -> torch.dtype:
+    return getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+def to_device(array, device: torch.device) -> torch.Tensor:
+    """A numpy array on the device, the copy not waited for."""
     tensor = torch.as_tensor(array)
-    return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def peak_memory_gib(where: torch.device) -> float:
+def peak_memory_gib(device: torch.device) -> float:
     """The most memory held so far: on the GPU, or resident in this process."""
-    if where.type == "cuda":
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     status = Path("/proc/self/status")  # getrusage also counts the process that started this one
-    if status.is_file() and (held := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return int(held[1]) / 2**20
+    if status.is_file() and (peak := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(peak[1]) / 2**20
     unit = 2**30 if os.uname().sysname == "Darwin" else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -185,24 +192,31 @@ def on_any_rank(flag: bool) -> bool:
     return bool(over_ranks(torch.tensor(int(flag)), dist.ReduceOp.MAX).item())
 
 
+def barrier() -> None:
+    if WORLD_SIZE > 1:
+        on_any_rank(False)
+
+
 def from_rank_0(tensors: list[torch.Tensor]) -> None:
     """Writes rank 0's values into those of the others: two machines may compute other signs of eigenvectors."""
-    for tensor in tensors if WORLD_SIZE > 1 else ():
-        dist.broadcast(tensor.detach(), 0)
+    if WORLD_SIZE > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), 0)
 
 
-def distribute(model, where: torch.device, compute_dtype: torch.dtype):
+def distribute(model, device: torch.device):
     """The model as it makes its weights (model() is called once a step): wrapped in DDP, sharded by FSDP2, or
     as it is."""
     if WORLD_SIZE == 1:
         return model
     if parallel == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
-    sizes, names = ((WORLD_SIZE,), ("shard",))
     if replicas > 1:
-        sizes, names = (replicas, WORLD_SIZE // replicas), ("replicate", "shard")
-    mesh = init_device_mesh(where.type, sizes, mesh_dim_names=names)
-    policy = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+        sizes = (replicas, WORLD_SIZE // replicas)
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device.type, (WORLD_SIZE,), mesh_dim_names=("shard",))
+    policy = MixedPrecisionPolicy(dtype_on(device), torch.float32, cast_forward_inputs=False)
     llamas = [model, model.teacher] if isinstance(model, models.LowRankClone) else [model]
     for module in [*(layer for llama in llamas for layer in llama.layers), model]:
         module.register_forward_hook(copy_parameters)  # before FSDP's own, which frees them
@@ -251,22 +265,113 @@ def trained_parameters(model) -> dict[str, torch.Tensor]:
     return parameters
 
 
-def full(tensor: torch.Tensor) -> torch.Tensor:
+def unshard(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor whole, on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-# ---- pieces of the loop that are longer than their names
+# ---- model, data, schedule
 
 
-def split_batch() -> tuple[int, int]:
-    """(blocks of a forward pass on each process, forward passes of a step): the largest passes that have equal
-    size and at most micro_batch_size blocks."""
-    share, rest = divmod(global_batch_size, WORLD_SIZE)
-    if rest or not share:
-        raise ValueError(f"global_batch_size is {global_batch_size}; it must divide by {WORLD_SIZE} processes")
-    size = max(n for n in range(1, min(micro_batch_size, share) + 1) if share % n == 0)
-    return size, share // size
+def load_teacher(compute_dtype: torch.dtype) -> models.Llama:
+    return convert.load_model(teacher, compute_dtype)
+
+
+def loss_config() -> models.LossConfig:
+    """The loss that the options describe; ValueError names one with a term or layer that there is not."""
+    terms = ("attn_in",) if share_qkv else ("q", "k", "v")
+    terms += ("attn_out", "mlp_in") if share_gate_up else ("attn_out", "gate", "up")
+    terms += ("mlp_out",)
+    if not set(clone_skip) <= set(terms):
+        raise ValueError(f"clone_skip is {clone_skip}; allowed: {terms}")
+    return models.LossConfig(
+        lm_weight=lm_weight,
+        kl_weight=kl_weight,
+        kl_temperature=kl_temperature,
+        clone_weight=clone_weight,
+        clone_attn_out=clone_attn_out,
+        clone_mlp_out=clone_mlp_out,
+        clone_scale=clone_scale,
+        clone_skip=clone_skip,
+        clone_skip_layers=clone_skip_layers,
+    )
+
+
+def build_model(compute_dtype: torch.dtype) -> models.LowRankClone | models.Llama:
+    """The clone or the plain LM that the options describe, its own weights not yet set."""
+    plain_start = init_from is not None and not convert.is_clone(convert.resolve(init_from))
+    if teacher is not None and not (eval_only and plain_start):
+        student = models.StudentConfig(
+            student_hidden_size, share_qkv, share_gate_up, tie_head_projection, student_rms_norm_eps
+        )
+        losses = loss_config()
+        clone = models.LowRankClone(load_teacher(compute_dtype), student, losses)
+        if not set(clone_skip_layers) <= set(range(len(clone.layers))):
+            raise ValueError(f"clone_skip_layers is {clone_skip_layers}; the teacher has {len(clone.layers)}")
+        return clone
+    shape = model_config or init_from
+    if shape is None:
+        raise ValueError(
+            "teacher is None, so a plain LM is trained: give model_config, its shape, or init_from"
+        )
+    if isinstance(shape, dict):
+        return models.Llama(convert.from_hf(shape, "model_config"), compute_dtype)
+    return models.Llama(convert.read_config(convert.resolve(shape)), compute_dtype)
+
+
+def open_data(vocab_size: int, tokenizer_dir: str | None) -> tuple[Mixture, Mixture | None]:
+    """(training blocks, held-out blocks or None), which must fit the model and its tokenizer."""
+    if data == f"{QUICKSTART}/corpus" and not Path(data).exists():
+        if RANK == 0:
+            write_shards("stdlib", data, f"{QUICKSTART}/teacher")
+        barrier()
+    sources = {data: None} if isinstance(data, str) else data
+    train_data = Mixture(sources, "tokens", seq_len, seed, sft)
+    vocabulary = vocabulary_hash(load_tokenizer(tokenizer_dir)) if tokenizer_dir else None
+    for shards in train_data.sources:
+        size = shards.meta["vocab_size"]
+        name = shards.meta["tokenizer"]
+        if size > vocab_size:
+            raise ValueError(f"{shards.path} has {size} token ids (of {name}); the model has {vocab_size}")
+        if vocabulary and shards.meta["vocabulary_hash"] != vocabulary:
+            raise ValueError(f"{shards.path} is by {name}, whose vocabulary is not {tokenizer_dir}'s")
+    if not (eval_every or eval_only):
+        return train_data, None
+    return train_data, Mixture(dict.fromkeys(sources), "heldout", seq_len, 0, sft)
+
+
+def start_weights(model, train_data: Mixture, checkpoint_path: Path | None, device: torch.device) -> None:
+    """Calibrates a clone, and sets the model's own weights: from a checkpoint, or by init and seed."""
+    covariance = None
+    if isinstance(model, models.LowRankClone) and (clone_scale == "teacher" or init in ("channel", "pca")):
+        # 16k tokens: the same ones on any number of processes, and when resumed
+        ids = train_data.batch(0, max(1, 2**14 // seq_len)).ids
+        covariance = model.calibrate(to_device(ids, device))
+    if checkpoint_path is not None:
+        load_weights(checkpoint_path, model)
+    elif isinstance(model, models.LowRankClone):
+        models.init_clone(model, seed, init, covariance)
+    else:
+        model.init_weights(seed)
+    from_rank_0([*trained_parameters(model).values(), *(getattr(model, "mean_squares", None) or {}).values()])
+
+
+def speed_up(model, device: torch.device) -> None:
+    """Compiles and checkpoints the parts of the model that the options say."""
+    if compile or (compile is None and device.type == "cuda"):
+        model.run_block = torch.compile(model.run_block)
+        model.chunk_loss = torch.compile(model.chunk_loss)
+    if activation_checkpointing:
+        model.run_block = functools.partial(checkpoint, model.run_block, use_reentrant=False)
+
+
+def make_optimizer(model) -> torch.optim.AdamW:
+    parameters = trained_parameters(model).values()
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
 
 
 def learning_rate_at(step: int, steps: int) -> float:
@@ -284,83 +389,78 @@ def learning_rate_at(step: int, steps: int) -> float:
     return learning_rate
 
 
-def build_model(compute_dtype: torch.dtype):
-    """The clone or the plain LM that the options describe, its own weights not yet set."""
-    plain_start = init_from is not None and not models.is_clone(models.resolve(init_from))
-    if teacher is not None and not (eval_only and plain_start):
-        if isinstance(teacher, dict):  # a random teacher of that shape, to measure with
-            config = models.ModelConfig.from_hf(teacher, "teacher")
-            big = models.Llama(config, compute_dtype).init_weights(seed).to(compute_dtype)
-        else:
-            big = models.load_model(teacher, compute_dtype)
-        names = {field.name for field in dataclasses.fields(models.CloneConfig)}
-        return models.LowRankClone(big, **{name: globals()[name] for name in names})
-    shape = model_config or init_from
-    if shape is None:
-        raise ValueError(
-            "teacher is None, so a plain LM is trained: give model_config, its shape, or init_from"
-        )
-    if isinstance(shape, dict):
-        config = models.ModelConfig.from_hf(shape, "model_config")
-    else:
-        config = models.read_config(models.resolve(shape))
-    return models.Llama(config, compute_dtype)
+# ---- a step
 
 
-def open_data(vocab_size: int, tokenizer_dir: str | None):
-    """(training blocks, held-out blocks or None), which must fit the model and its tokenizer."""
-    if data is None:
-        return RandomTokens(vocab_size, seq_len), RandomTokens(vocab_size, seq_len)
-    if data == "data/quickstart/corpus" and not Path(data).exists():
-        if RANK == 0:
-            write_shards("stdlib", data, "data/quickstart/teacher")
-        on_any_rank(False)  # the others wait
-    sources = {data: None} if isinstance(data, str) else data
-    train_data = Mixture(sources, "tokens", seq_len, seed, sft)
-    known = vocabulary_hash(load_tokenizer(tokenizer_dir)) if tokenizer_dir else None
-    for shards in train_data.sources:
-        size, name = shards.meta["vocab_size"], shards.meta["tokenizer"]
-        if size > vocab_size:
-            raise ValueError(f"{shards.path} has {size} token ids (of {name}); the model has {vocab_size}")
-        if known and shards.meta["vocabulary_hash"] != known:
-            raise ValueError(f"{shards.path} is by {name}, whose vocabulary is not {tokenizer_dir}'s")
-    evaluated = eval_every or eval_only
-    return train_data, Mixture(dict.fromkeys(sources), "heldout", seq_len, 0, sft) if evaluated else None
+def split_batch() -> tuple[int, int]:
+    """(blocks of a forward pass on each process, forward passes of a step): the largest passes that have equal
+    size and at most micro_batch_size blocks."""
+    share, rest = divmod(global_batch_size, WORLD_SIZE)
+    if rest or not share:
+        raise ValueError(f"global_batch_size is {global_batch_size}; it must divide by {WORLD_SIZE} processes")
+    size = max(n for n in range(1, min(micro_batch_size, share) + 1) if share % n == 0)
+    return size, share // size
 
 
-def count_labels(blocks, first: int, count: int) -> int:
-    """Tokens with a loss in samples first, first + 1, …"""
-    return int((blocks.rows(first, count)[1] != -100).sum()) if sft else count * seq_len
-
-
-def forward(model, weights, blocks, first: int, count: int, whole: int, labels: int, where, **options):
+def forward(model, weights, blocks, first: int, count: int, whole: int, labels: int, device, **options):
     """Samples first, first + 1, … through the model: a part of a batch of `whole` blocks, `labels` labels.
 
-    Returns (loss, {name in metrics.jsonl: scalar}), both shares of the batch's; nothing here waits for a GPU.
-    Of several sources, each has lm/NAME, the sum of its tokens' losses, and labels/NAME, their number.
+    Returns (loss, {name in metrics.jsonl: tensor}), both shares of the batch's; nothing here waits for a GPU.
+    Clone terms have a value a layer. Of several sources, each has lm/NAME, the sum of its tokens' losses, and
+    labels/NAME, their number.
     """
-    if sft:
-        ids, targets = (to_device(array, where) for array in blocks.rows(first, count))
-    else:
-        tokens = to_device(blocks.batch(first, count), where)
-        ids, targets = tokens[:, :-1], tokens[:, 1:]
+    batch = blocks.batch(first, count)
+    ids = to_device(batch.ids, device)
+    targets = to_device(batch.labels, device)
     if mask_documents:
-        options["documents"] = models.document_layout(blocks.documents(first, count)[:, :-1], where)
+        options["documents"] = models.document_layout(batch.documents, device)
     losses = model.loss(ids, targets, weights, num_labels=labels, share=count / whole, **options)
-    named = {
-        name: losses[name].detach() for name in ("loss", "lm", "kl", "clone", "teacher_lm") if name in losses
-    }
-    if "terms" in losses:
-        terms = losses["terms"].detach()  # [layers, terms]; none at all where clone_weight is 0
-        for i, name in enumerate(model.clone.terms() if terms.numel() else ()):
-            named[f"clone_{name}"] = terms[:, i]  # one a layer
-    if len(getattr(blocks, "sources", ())) > 1:
-        source_of = to_device(blocks.sources_of(first, count), where)[:, None]
-        for index, source in enumerate(blocks.sources):
+    scalars = ("loss", "lm", "kl", "clone", "teacher_lm")
+    metrics = {name: losses[name].detach() for name in scalars if name in losses}
+    for name, values in losses.get("terms", {}).items():
+        metrics[f"clone_{name}"] = values.detach()
+    sources = getattr(blocks, "sources", ())
+    if len(sources) > 1:
+        source_of = to_device(batch.source, device)[:, None]
+        for index, source in enumerate(sources):
             counted = (source_of == index) & (targets != -100)
-            named[f"lm/{source.path.name}"] = (losses["token_lm"] * counted).sum()
-            named[f"labels/{source.path.name}"] = counted.sum()
-    return losses["loss"], named
+            metrics[f"lm/{source.path.name}"] = (losses["token_lm"] * counted).sum()
+            metrics[f"labels/{source.path.name}"] = counted.sum()
+    return losses["loss"], metrics
+
+
+def backward_step(model, make_weights, blocks, step: int, device: torch.device) -> dict:
+    """Leaves the gradients of an optimizer step on the trained parameters; returns the sums of its metrics.
+
+    The weights are made once a step. Where several passes share them, and under FSDP, gradients gather on a
+    held copy of them and are synchronised once, when that is released. Losses are shares of the batch's.
+    """
+    size, passes = split_batch()
+    sums = {}
+    weights = make_weights()
+    holds = passes > 1 or isinstance(model, FSDPModule)
+    shared = models.hold(weights, accumulate=passes > 1) if holds else weights
+    labels = blocks.count_labels(step * global_batch_size, global_batch_size)
+    for i in range(passes):
+        first = step * global_batch_size + (i * WORLD_SIZE + RANK) * size
+        loss, metrics = forward(model, shared, blocks, first, size, global_batch_size, labels, device)
+        # DDP and FSDP average over the ranks; a loss that is not finite makes every gradient so
+        (loss * (WORLD_SIZE + 0.0 * loss.detach())).backward()
+        add(sums, metrics)
+    if holds:
+        release(model, weights, shared)
+    reshard_root(model)
+    return sums
+
+
+def take_step(optimizer, parameters: list[torch.Tensor]) -> torch.Tensor:
+    """Clips, updates and clears the gradients; a gradient that is not finite changes nothing. Returns their
+    norm before clipping."""
+    grad_norm = unshard(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
+    optimizer.found_inf = (~grad_norm.isfinite()).float()  # as GradScaler does: where it is 1, no update
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm
 
 
 def add(sums: dict, values: dict, weight: int = 1) -> None:
@@ -368,129 +468,93 @@ def add(sums: dict, values: dict, weight: int = 1) -> None:
         sums[name] = sums.get(name, 0.0) + value.double() * weight
 
 
-def averages(sums: dict[str, torch.Tensor], steps: int) -> dict[str, float | list[float]]:
-    """What `forward` returned, summed over steps, as means over all ranks; no token of a source: no mean."""
+def averages(sums: dict[str, torch.Tensor], steps: int) -> dict[str, float | dict]:
+    """What `forward` returned, summed over steps, as means over all ranks; a source without a token has none."""
     flat = over_ranks(torch.cat([value.flatten() for value in sums.values()]))
-    values = dict(zip(sums, flat.split([value.numel() for value in sums.values()]), strict=True))
-    labels = {
-        f"lm/{name[7:]}": values.pop(name).item() for name in list(values) if name.startswith("labels/")
-    }
-    means = {
-        name: value / labels.get(name, steps) for name, value in values.items() if labels.get(name, steps)
-    }
-    terms = {name: value.tolist() for name, value in means.items() if value.numel() > 1}
-    means = {name: value.sum().item() for name, value in means.items()}
-    return means | ({"terms_by_layer": terms} if terms else {})
+    parts = flat.split([value.numel() for value in sums.values()])
+    totals = dict(zip(sums, (part.tolist() for part in parts), strict=True))
+    means = {}
+    by_layer = {}
+    for name, values in totals.items():
+        if name.startswith("labels/"):
+            continue
+        labels = totals.get(f"labels/{name[3:]}", [None])[0] if name.startswith("lm/") else steps
+        if labels:
+            means[name] = sum(values) / labels
+        if len(values) > 1:
+            by_layer[name] = [value / steps for value in values]
+    return means | ({"terms_by_layer": by_layer} if by_layer else {})
 
 
-def backward_step(model, make_weights, blocks, step: int, where: torch.device) -> dict:
-    """Leaves the gradients of an optimizer step on the trained parameters; returns the sums of its metrics.
-
-    The weights are made once a step. Where several passes share them, and under FSDP, gradients gather on a
-    held copy of them and are synchronised once, when that is released. Losses are shares of the batch's.
-    """
-    size, passes = split_batch()
-    weights, sums = make_weights(), {}
-    holds = passes > 1 or isinstance(model, FSDPModule)
-    shared = models.hold(weights, accumulate=passes > 1) if holds else weights
-    labels = count_labels(blocks, step * global_batch_size, global_batch_size)
-    for i in range(passes):
-        first = step * global_batch_size + (i * WORLD_SIZE + RANK) * size
-        loss, values = forward(model, shared, blocks, first, size, global_batch_size, labels, where)
-        # DDP and FSDP average over the ranks; a loss that is not finite makes every gradient so
-        (loss * (WORLD_SIZE + 0.0 * loss.detach())).backward()
-        add(sums, values)
-    if holds:
-        release(model, weights, shared)
-    reshard_root(model)
-    return sums
+# ---- evaluation
 
 
 @torch.no_grad()
-def evaluate(model, heldout: Mixture, where: torch.device) -> dict:
+def evaluate(model, heldout: Mixture, device: torch.device) -> dict:
     """Means over the first eval_blocks held-out blocks, shared among the ranks; losses at T = 1."""
-    options = {"temperature": 1.0} if isinstance(model, models.LowRankClone) else {}
-    weights, blocks, sums = model(), min(eval_blocks, heldout.total), {}
-    labels, (size, _) = count_labels(heldout, 0, blocks), split_batch()
-    for first in tqdm(range(0, blocks, size * WORLD_SIZE), desc="evaluating", leave=False, **BAR):
-        first += RANK * size
+    clone = isinstance(model, models.LowRankClone)
+    at_temperature_1 = {"temperature": 1.0} if clone else {}
+    weights = model()
+    sums = {}
+    blocks = min(eval_blocks, heldout.total)
+    labels = heldout.count_labels(0, blocks)
+    size, _ = split_batch()
+    starts = range(0, blocks, size * WORLD_SIZE)
+    for start in tqdm(starts, desc="evaluating", leave=False, disable=RANK > 0):
+        first = start + RANK * size
         count = min(size, blocks - first)
-        mine = count > 0  # or run along, for those whose weights are sharded
-        begin, count = (first, count) if mine else (0, 1)
-        _, values = forward(model, weights, heldout, begin, count, blocks, labels, where, **options)
-        add(sums, values, int(mine))
+        is_real = count > 0
+        if not is_real:  # runs along, for those whose weights are sharded
+            first, count = 0, 1
+        _, metrics = forward(
+            model, weights, heldout, first, count, blocks, labels, device, **at_temperature_1
+        )
+        add(sums, metrics, int(is_real))
     result = averages(sums, 1)
-    if options:
-        ids = heldout.batch(0, min(2, blocks))[:, :-1]
-        result |= model.effective_ranks(to_device(ids, where), weights)
+    if clone:
+        ids = heldout.batch(0, min(2, blocks)).ids
+        result |= model.effective_ranks(to_device(ids, device), weights)
     reshard_root(model)
     return {f"val_{name}": value for name, value in result.items() if name != "loss"}
 
 
-def shown(values: dict) -> str:
+def summary(values: dict) -> str:
+    """The scalars of an evaluation in one line, but for the clone terms."""
     scalars = {name.removeprefix("val_"): value for name, value in values.items() if isinstance(value, float)}
     return ", ".join(f"{name} {value:.4f}" for name, value in scalars.items() if "clone_" not in name)
 
 
-def report_evaluation(model, heldout: Mixture, where: torch.device) -> None:
+def report_evaluation(model, heldout: Mixture, device: torch.device) -> None:
     """Evaluates the model and, where there is one, its teacher; prints one line of JSON."""
-    values = evaluate(model, heldout, where)
+    values = evaluate(model, heldout, device)
     if isinstance(model, models.Llama) and isinstance(teacher, str):
-        reference = models.load_model(teacher, model.dtype).to(where)
-        values["val_teacher_lm"] = evaluate(reference, heldout, where)["val_lm"]
+        reference = load_teacher(model.dtype).to(device)
+        values["val_teacher_lm"] = evaluate(reference, heldout, device)["val_lm"]
     values["val_perplexity"] = math.exp(values["val_lm"])
     if "val_teacher_lm" in values:
         values["val_teacher_perplexity"] = math.exp(values["val_teacher_lm"])
         percent = 100 * values["val_teacher_perplexity"] / values["val_perplexity"]
-        say(f"the student has {percent:.1f}% of the teacher's quality, as the ratio of their perplexities")
-    say(json.dumps({name: round(value, 4) for name, value in values.items() if isinstance(value, float)}))
+        print0(f"the student has {percent:.1f}% of the teacher's quality, as the ratio of their perplexities")
+    print0(json.dumps({name: round(value, 4) for name, value in values.items() if isinstance(value, float)}))
 
 
-def print_samples(path: Path, tokenizer_dir: str) -> None:
-    """Continues sample_prompt by the model of a checkpoint, and by its teacher."""
-    saved = models.load_checkpoint(path)
-    speakers = {"model": saved} if teacher is None else {"student": saved.merge(), "teacher": saved.teacher}
+def print_samples(path: Path, tokenizer_dir: str, prompt: str) -> None:
+    """Continues the prompt by the model of a checkpoint, and by its teacher."""
+    saved = convert.load_checkpoint(path)
+    if teacher is None:
+        speakers = {"model": saved}
+    else:
+        speakers = {"student": saved.merge(), "teacher": saved.teacher}
     tokens = load_tokenizer(tokenizer_dir)
     bos, eos = special_ids(tokens, tokenizer_dir)
-    ids = bos + tokens.encode(sample_prompt, add_special_tokens=False).ids
+    ids = bos + tokens.encode(prompt, add_special_tokens=False).ids
     for name, llama in speakers.items():
         new = [token for (token,) in generate(llama, [ids], 64, 0.8, top_p=0.9, seed=1, stop_ids=(eos,))]
         text = tokens.decode([token for token in new if token is not None])
-        print(f"\n--- {name}\n{sample_prompt}{text}")
+        print(f"\n--- {name}\n{prompt}{text}")
 
 
-def matmul_rate(where: torch.device, compute_dtype: torch.dtype) -> float:
-    """GFLOP/s of torch.mm on square matrices, the median of ten: the ceiling of a step's speed."""
-    n, rates = 8192 if where.type == "cuda" else 1024, []
-    a = torch.randn(n, n, device=where, dtype=compute_dtype)
-    for _ in range(10):
-        start = time.perf_counter()
-        torch.mm(a, a)[0, 0].item()
-        rates.append(2 * n**3 / (time.perf_counter() - start) / 1e9)
-    return statistics.median(rates)
-
-
-def report_benchmark(model, seconds: list[float], rates: list[float], where: torch.device) -> None:
-    """FLOPs by part, and the fraction of the matmul rate at which a step's necessary arithmetic was done.
-
-    Medians of both, the rate measured between the steps: what else a machine does slows them alike.
-    """
-    tokens = global_batch_size * seq_len
-    parts, median = models.flops(model, tokens, seq_len), statistics.median(seconds[1:])
-    rate = statistics.median(rates) * WORLD_SIZE
-    parts["all"] = sum(parts.values())
-    print(f"first step {seconds[0]:.2f} s, then a median of {median:.3f} s")
-    for name, value in parts.items():
-        print(f"  {name:14}{value / tokens / 1e6:9.1f} MFLOP a token {value / 1e9:10.1f} GFLOP a step")
-    numbers = {
-        "tokens_per_second": tokens / median,
-        "seconds_per_step": median,
-        "matmul_gflops": rate,
-        "matmul_fraction": parts["all"] / 1e9 / median / rate,
-        "peak_memory_gib": peak_memory_gib(where),
-    }
-    print(json.dumps({name: round(value, 4) for name, value in numbers.items()}))
-
+# ---- checkpoints
 
 # options that decide what is computed: a resumed run must have the same
 TRAJECTORY = (
@@ -513,8 +577,9 @@ def adam_state(model, optimizer) -> dict[str, torch.Tensor]:
 def save_checkpoint(model, optimizer, step: int, tokenizer_dir: str | None, teacher_print: str | None) -> Path:
     """out_dir/step_00001000, renamed from another name when whole; OSError on every rank where one fails."""
     path = Path(out_dir) / f"step_{step:08d}"
-    partial, error = path.with_name(path.name + ".partial"), None
-    tensors = {name: full(p.detach()).float() for name, p in trained_parameters(model).items()}
+    partial = path.with_name(path.name + ".partial")
+    error = None
+    tensors = {name: unshard(p.detach()).float() for name, p in trained_parameters(model).items()}
     moments = adam_state(model, optimizer)
     taken = next((int(values["step"]) for values in optimizer.state.values()), 0)
     try:
@@ -522,9 +587,9 @@ def save_checkpoint(model, optimizer, step: int, tokenizer_dir: str | None, teac
             shutil.rmtree(partial, ignore_errors=True)
             (partial / "trainer").mkdir(parents=True)
             if teacher_print:
-                models.save_clone(model, partial, teacher, tokenizer_dir, tensors, teacher_print)
+                convert.save_clone(model, partial, teacher, tokenizer_dir, tensors, teacher_print)
             else:
-                models.save_model(model, partial, torch.float32, tokenizer_dir, state=tensors)
+                convert.save_model(model, partial, torch.float32, tokenizer_dir, state=tensors)
             state = {"step": step, "optimizer_steps": taken, "options": options}
             (partial / "trainer" / "state.json").write_text(json.dumps(state, indent=2))
     except (OSError, SafetensorError) as failure:
@@ -543,9 +608,9 @@ def save_checkpoint(model, optimizer, step: int, tokenizer_dir: str | None, teac
     if RANK == 0:
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
-        for old in models.checkpoints(out_dir)[: -max(1, keep_last)]:
+        for old in convert.checkpoints(out_dir)[: -max(1, keep_last)]:
             shutil.rmtree(old)
-    on_any_rank(False)  # no rank goes on, or ends, before the name is there
+    barrier()  # no rank goes on, or ends, before the name is there
     return path
 
 
@@ -553,30 +618,22 @@ def newest_whole(found: list[Path]) -> Path | None:
     """The newest checkpoint whose files can all be read; says which could not."""
     for path in reversed(found):
         try:
-            models.read_json(path / "config.json")
-            models.read_json(path / "trainer" / "state.json")
-            models.tensor_slices([*models.weight_files(path), *(path / "trainer").glob("*.safetensors")])
+            convert.read_json(path / "config.json")
+            convert.read_json(path / "trainer" / "state.json")
+            files = [*convert.weight_files(path), *(path / "trainer").glob("*.safetensors")]
+            convert.tensor_slices(files)
             return path
         except ValueError as error:
-            say(f"passing over {path}: {error}")
+            print0(f"passing over {path}: {error}")
     return None
 
 
-def keep_log(file: Path, step: int) -> None:
-    """Drops the lines of metrics.jsonl after `step`, and one that a kill cut short."""
-    kept, partial = [], file.with_name("metrics.partial")
-    for line in file.read_text().splitlines() if step and file.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            kept += [line + "\n"] if json.loads(line)["step"] <= step else []
-    partial.write_text("".join(kept))
-    partial.replace(file)
-
-
-def check_resumed(path: Path) -> dict:
+def read_state(path: Path) -> dict:
     """The checkpoint's {step, optimizer_steps, options}; ValueError where it belongs to another run."""
-    state = models.read_json(path / "trainer" / "state.json")
+    state = convert.read_json(path / "trainer" / "state.json")
     for name in TRAJECTORY:
-        saved, now = state["options"].get(name), json.loads(json.dumps(options[name]))
+        saved = state["options"].get(name)
+        now = json.loads(json.dumps(options[name]))
         if saved != now:
             raise ValueError(f"{path} has {name} = {saved!r}, not {now!r}; a resumed run must keep it")
     return state
@@ -585,17 +642,19 @@ def check_resumed(path: Path) -> dict:
 @torch.no_grad()
 def load_weights(path: Path, model) -> None:
     """Takes a model's own weights from a checkpoint or Hugging Face directory that must fit it exactly."""
-    clone, saved_clone = isinstance(model, models.LowRankClone), models.is_clone(path)
+    clone = isinstance(model, models.LowRankClone)
+    saved_clone = convert.is_clone(path)
     if clone != saved_clone:
-        kinds = "a clone" if saved_clone else "a plain model", "a clone" if clone else "a plain model"
-        raise ValueError(f"{path} is {kinds[0]}; this run trains {kinds[1]} (teacher is {teacher!r})")
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        saved = "a clone" if saved_clone else "a plain model"
+        wanted = "a clone" if clone else "a plain model"
+        raise ValueError(f"{path} is {saved}; this run trains {wanted} (teacher is {teacher!r})")
+    parameters = trained_parameters(model)
     names = {name: name for name in parameters}
     if not clone:
-        names = {theirs: ours for theirs, (ours, _) in model.config.weight_names().items()}
+        names = {theirs: ours for theirs, (ours, _) in convert.weight_names(model.config).items()}
     expected = {theirs: tuple(parameters[ours].shape) for theirs, ours in names.items()}
     ignored = () if "lm_head.weight" in names else ("lm_head.weight",)
-    for theirs, tensor in models.read_tensors(models.weight_files(path), expected, ignored).items():
+    for theirs, tensor in convert.read_tensors(convert.weight_files(path), expected, ignored).items():
         parameters[names[theirs]].copy_(tensor)
 
 
@@ -605,6 +664,22 @@ def load_optimizer(path: Path, model, optimizer, steps: int) -> None:
     load_distributed(adam_state(model, optimizer), storage_reader=reader, no_dist=WORLD_SIZE == 1)
     for values in optimizer.state.values():
         values["step"].fill_(steps)
+
+
+# ---- logs
+
+
+def keep_log(file: Path, step: int) -> None:
+    """Drops the lines of metrics.jsonl after `step`, and one that a kill cut short."""
+    kept = []
+    if step and file.exists():
+        for line in file.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+    partial = file.with_name("metrics.partial")
+    partial.write_text("".join(kept))
+    partial.replace(file)
 
 
 def start_wandb():
@@ -628,91 +703,107 @@ def start_wandb():
     return send
 
 
-def main() -> None:
-    # ---- what is there, and does it fit: whatever can be refused is refused here
+def print_derived(model, train_data: Mixture, steps: int, device: torch.device) -> None:
+    """What follows from the options."""
+    size, passes = split_batch()
+    trained = sum(p.numel() for p in trained_parameters(model).values())
+    tokens_per_step = round(global_batch_size * train_data.tokens_per_block)
+    epochs_taken = steps * global_batch_size / train_data.total
+    threads = torch.get_num_threads()
+    print0(f"{device.type} x {WORLD_SIZE} ({threads} threads), torch {torch.__version__}, {dtype_on(device)}")
+    if isinstance(model, models.LowRankClone):
+        frozen = sum(p.numel() for p in model.teacher.parameters())
+        print0(f"teacher: {frozen:,} parameters, frozen; hidden size {model.teacher.config.hidden_size}")
+        print0(f"student: {trained:,} trained parameters; hidden size {model.config.hidden_size}")
+    else:
+        print0(f"model: {trained:,} trained parameters; hidden size {model.config.hidden_size}")
+    print0(
+        f"{steps:,} steps of {tokens_per_step:,} tokens: "
+        f"{WORLD_SIZE} processes x {passes} micro-batches x {size} blocks"
+    )
+    print0(f"{steps * tokens_per_step:,} tokens in all, {epochs_taken:.2g} epochs of the data")
+
+
+def print_end(saved: Path | None, tokenizer_dir: str | None, values: dict) -> None:
+    """Samples, the held-out loss and what to do next."""
+    prompt = sample_prompt
+    if prompt is None:
+        prompt = "def read(" if data == f"{QUICKSTART}/corpus" else ""
+    if prompt and tokenizer_dir and saved:
+        print_samples(saved, tokenizer_dir, prompt)
+    if "val_lm" in values:
+        line = f"\nheld-out loss, nats a token: {'model' if teacher is None else 'student'} {values['val_lm']:.4f}"
+        if "val_kl" in values:
+            line += f", teacher {values['val_teacher_lm']:.4f}, KL {values['val_kl']:.4f}"
+        print(line)
+    if saved:
+        print(f"sample it:           python sample.py --model={out_dir}")
+        print(f"export it:           python convert.py --checkpoint={out_dir} --out=student")
+        if teacher == f"{QUICKSTART}/teacher":
+            print("a real model next:   python train.py config/smollm2_135m.py  (it says what to download)")
+
+
+# ---- the run
+
+
+def check_options() -> None:
+    """Refuses what can be refused before anything is loaded: ValueError, one line."""
     for name in ("seq_len", "global_batch_size", "micro_batch_size", "log_every", "eval_blocks", "replicas"):
         if globals()[name] < 1:
             raise ValueError(f"{name} is {globals()[name]}; it must be at least 1")
+    split_batch()
+    if isinstance(teacher, dict) or data is None:
+        raise ValueError("a teacher's shape and random tokens are for tools/bench.py; give directories of both")
     if eval_only and init_from is None:
         raise ValueError("eval_only evaluates the model of init_from, which is None: name its directory")
-    where = start_device()
-    compute_dtype = getattr(torch, dtype or ("bfloat16" if where.type == "cuda" else "float32"))
-    size, passes = split_batch()
     if WORLD_SIZE % replicas or (replicas > 1 and parallel == "ddp"):
         raise ValueError(f"replicas is {replicas}; it must divide {WORLD_SIZE} processes, with parallel=fsdp")
-    if isinstance(teacher, dict) and save_every:
-        raise ValueError("teacher is a shape, not a model, so nothing can be saved: set save_every to 0")
-    if data is None and (mask_documents or sft):
-        raise ValueError("data is None, random tokens: mask_documents and sft need documents and chats")
     if sft and (teacher is not None or mask_documents):
         raise ValueError(
             "sft fine-tunes a plain LM, a row a chat: set teacher to None, mask_documents to False"
         )
-    if mask_documents and where.type == "cuda" and compute_dtype == torch.float32:
+
+
+def main() -> None:
+    check_options()
+    device = start_device()
+    if mask_documents and device.type == "cuda" and dtype_on(device) == torch.float32:
         raise ValueError("mask_documents on a GPU needs dtype bfloat16: its attention has no float32")
-    compiled = where.type == "cuda" if compile is None else compile
-    if compiled:
-        models.need_compiler(where)
+    if compile:
+        need_compiler(device.type)
     # by torchrun, after a rank died; only the node of that rank is told
     restarted = on_any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
-    found, log_file = models.checkpoints(out_dir), Path(out_dir) / "metrics.jsonl"
+    found = convert.checkpoints(out_dir)
+    log_file = Path(out_dir) / "metrics.jsonl"
     if not (resume or restarted or eval_only) and (found or (log_file.exists() and save_every)):
         raise ValueError(f"{out_dir} holds a run: go on with --resume=True, or choose another --out_dir")
     last = newest_whole(found) if resume or restarted else None
-    state = check_resumed(last) if last else {"step": 0, "optimizer_steps": 0}
+    state = read_state(last) if last else {"step": 0, "optimizer_steps": 0}
     start = state["step"]
-    model = build_model(compute_dtype).to(where)
-    clone = isinstance(model, models.LowRankClone)
-    tokenizer_dir = tokenizer or (teacher if isinstance(teacher, str) else init_from)
-    train_data, heldout = open_data(model.config.vocab_size, tokenizer_dir)
-    steps = max_steps or max(1, round(epochs * train_data.total / global_batch_size))
 
-    covariance, scaled = None, clone and clone_scale == "teacher"
-    if clone and (clone_scale == "teacher" or init in ("channel", "pca")):
-        few = max(1, 2**14 // seq_len)  # the same on any number of processes, and when resumed
-        covariance = model.calibrate(to_device(train_data.batch(0, few)[:, :-1], where))
-    if last or init_from:
-        load_weights(last or models.resolve(init_from), model)
-    elif clone:
-        model.init_weights(seed, init, covariance)
-    else:
-        model.init_weights(seed)
-    del covariance
-    from_rank_0([*trained_parameters(model).values(), *([model.term_scale] if scaled else [])])
+    # ---- model, data, optimizer
+    model = build_model(dtype_on(device)).to(device)
+    tokenizer_dir = tokenizer or teacher or init_from
+    train_data, heldout = open_data(model.config.vocab_size, tokenizer_dir)
+    source = last or (convert.resolve(init_from) if init_from else None)
+    start_weights(model, train_data, source, device)
     if eval_only:
-        return report_evaluation(model, heldout, where)
-    teacher_print = models.fingerprint(model.teacher) if clone else None
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
-    if compiled:
-        model.run_block = torch.compile(model.run_block)
-        model.chunk_loss = torch.compile(model.chunk_loss)
-    if activation_checkpointing:
-        model.run_block = functools.partial(checkpoint, model.run_block, use_reentrant=False)
-    make_weights = distribute(model, where, compute_dtype)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
+        return report_evaluation(model, heldout, device)
+    is_clone = isinstance(model, models.LowRankClone)
+    teacher_print = convert.fingerprint(model.teacher) if is_clone else None  # before it is sharded
+    speed_up(model, device)
+    make_weights = distribute(model, device)
+    optimizer = make_optimizer(model)
     if last:
         load_optimizer(last, model, optimizer, state["optimizer_steps"])
-
-    # ---- what was derived
+    parameters = list(trained_parameters(model).values())
+    steps = max_steps or max(1, round(epochs * train_data.total / global_batch_size))
     tokens_per_step = round(global_batch_size * train_data.tokens_per_block)  # with sft on average
-    role = "student" if clone else "model"
-    threads, version = torch.get_num_threads(), torch.__version__
-    say(f"{where.type} x {WORLD_SIZE} ({threads} threads), torch {version}, {compute_dtype}")
-    if clone:
-        say(f"teacher: {frozen:,} parameters, frozen; hidden size {model.teacher.config.hidden_size}")
-    say(f"{role}: {trained:,} trained parameters; hidden size {model.config.hidden_size}")
-    passes = steps * global_batch_size / train_data.total
-    split = f"{WORLD_SIZE} processes x {passes} micro-batches x {size} blocks"
-    say(f"{steps:,} steps of {tokens_per_step:,} tokens: {split}")
-    say(f"{steps * tokens_per_step:,} tokens in all, {passes:.2g} epochs of the data")
+    print_derived(model, train_data, steps, device)
     if last:
-        say(f"resumed from {last}")
+        print0(f"resumed from {last}")
+
+    # ---- logs and signals
     if RANK == 0:
         os.makedirs(out_dir, exist_ok=True)
         keep_log(log_file, start)
@@ -726,54 +817,60 @@ def main() -> None:
                 file.write(json.dumps(line) + "\n")
             send(step, line)
 
-    stop = []  # a signal asks for the end of the run; a second one is not waited for
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+    signals = []  # SIGTERM or Ctrl-C asks for the end of the run; a second one is not waited for
+
+    def stop(number: int, _) -> None:
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
 
     # ---- the loop
-    done, stopping = start, False
-    bar = tqdm(total=steps, initial=start, desc="training", unit="step", **BAR)
-    rates, seconds = [], []  # with benchmark: of torch.mm between the steps, and of each step
-    sums, logged, since, values = {}, start, time.perf_counter(), {}
-    bad_steps, bad_in_a_row, worst = torch.zeros((3,), device=where)
+    bar = tqdm(total=steps, initial=start, desc="training", unit="step", disable=RANK > 0)
+    done = start
+    saved = None
+    stopping = False
+    values = {}
+    sums = {}  # of the metrics since the last line of the log
+    logged = start
+    since = time.perf_counter()
+    bad_steps, bad_in_a_row, most_in_a_row = torch.zeros((3,), device=device)
     for step in range(start, steps):
         lr = learning_rate_at(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        add(sums, backward_step(model, make_weights, train_data, step, where))
-
-        grad_norm = full(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
+        add(sums, backward_step(model, make_weights, train_data, step, device))
+        grad_norm = take_step(optimizer, parameters)
         bad = (~grad_norm.isfinite()).float()
-        optimizer.found_inf = bad  # as GradScaler does: where it is 1, the fused step changes nothing
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        bad_steps, bad_in_a_row = bad_steps + bad, (bad_in_a_row + 1) * bad
-        worst = torch.maximum(worst, bad_in_a_row)
+        bad_steps = bad_steps + bad
+        bad_in_a_row = (bad_in_a_row + 1) * bad
+        most_in_a_row = torch.maximum(most_in_a_row, bad_in_a_row)
 
-        done, stopping = step + 1, on_any_rank(bool(stop))
+        done = step + 1
+        stopping = on_any_rank(bool(signals))
         last_step = done == steps or stopping
         bar.update()
-        if done % log_every == 0 or last_step or benchmark:
+        if done % log_every == 0 or last_step:
             mean = averages(sums, done - logged)
-            seconds.append(time.perf_counter() - since)
-            speed = (done - logged) * tokens_per_step / seconds[-1]
-            memory = over_ranks(torch.tensor(peak_memory_gib(where)), dist.ReduceOp.MAX).item()
+            speed = (done - logged) * tokens_per_step / (time.perf_counter() - since)
+            memory = over_ranks(torch.tensor(peak_memory_gib(device)), dist.ReduceOp.MAX).item()
             mean |= {"grad_norm": grad_norm.item(), "learning_rate": lr, "tokens_per_second": speed}
             log(done, mean | {"peak_memory_gib": memory, "bad_steps": int(bad_steps)})
             bar.set_postfix_str(f"loss {mean['loss']:.3f}, lm {mean['lm']:.3f}, {speed:,.0f} tok/s")
-            if worst >= max_bad_steps:
+            if most_in_a_row >= max_bad_steps:
                 raise ValueError(
-                    f"loss or gradient not finite in {int(worst)} steps in a row up to step {done}; none of "
-                    "them was taken. A lower learning_rate may help"
+                    f"loss or gradient not finite in {int(most_in_a_row)} steps in a row up to step {done}; none "
+                    "of them was taken. A lower learning_rate may help"
                 )
-            if benchmark:
-                rates.append(matmul_rate(where, compute_dtype))
-            sums, logged, since = {}, done, time.perf_counter()
+            sums = {}
+            logged = done
+            since = time.perf_counter()
         if eval_every and (done % eval_every == 0 or last_step) and not stopping:
-            values = evaluate(model, heldout, where)
+            values = evaluate(model, heldout, device)
             log(done, values)
-            say(f"step {done}, held out: {shown(values)}", bar)
+            print0(f"step {done}, held out: {summary(values)}", bar)
             since = time.perf_counter()
         if save_every and (done % save_every == 0 or last_step):
             saved = save_checkpoint(model, optimizer, done, tokenizer_dir, teacher_print)
@@ -784,30 +881,17 @@ def main() -> None:
 
     # ---- what came of it
     if start >= steps:
-        say(f"nothing to do: {last} is at step {start} of {steps}")
+        print0(f"nothing to do: {last} is at step {start} of {steps}")
     elif stopping and done < steps:
-        say(f"stopped after step {done} of {steps}; go on with --resume=True")
+        print0(f"stopped after step {done} of {steps}; go on with --resume=True")
     elif RANK == 0:
-        if benchmark:
-            report_benchmark(model, seconds, rates, where)
-        if sample_prompt and tokenizer_dir and save_every:
-            print_samples(saved, tokenizer_dir)
-        if eval_every:
-            teachers = f", teacher {values['val_teacher_lm']:.4f}, KL {values['val_kl']:.4f}" if clone else ""
-            print(f"\nheld-out loss, nats a token: {role} {values['val_lm']:.4f}{teachers}")
-        if save_every:
-            print(f"sample it:           python sample.py --model={out_dir}")
-            print(f"export it:           python convert.py --checkpoint={out_dir} --out=student")
-            if teacher == "data/quickstart/teacher":
-                print(
-                    "a real model next:   python train.py config/smollm2_135m.py  (it says what to download)"
-                )
+        print_end(saved, tokenizer_dir, values)
 
 
 if __name__ == "__main__":
     try:
         main()
-        on_any_rank(False)  # gloo can abort a rank whose peers have left
+        barrier()  # gloo can abort a rank whose peers have left
     except (ValueError, OSError) as error:
         message = f"error: {error}" if RANK == 0 else f"error on rank {RANK}: {error}"
         if WORLD_SIZE > 1:

@@ -1,6 +1,6 @@
 """A benchmark of the training step at shape S of the README: SmolLM2-135M's, to half its width.
 
-    python train.py config/bench_smollm2.py
+    python tools/bench.py config/bench_smollm2.py
 
 Random tokens and a random teacher: no downloads. Ends with one line of JSON.
 """
@@ -17,15 +17,9 @@ teacher = {
     "max_position_embeddings": 2048,
 }
 student_hidden_size = 288
-init, clone_scale = "random", "none"  # which need no calibration
 data = None  # random tokens
 seq_len = 512
 global_batch_size = 2
 micro_batch_size = 2
 max_steps = 12
 compile = True  # the first step compiles, and is reported apart
-benchmark = True
-eval_every = 0
-save_every = 0
-sample_prompt = ""
-out_dir = "out/bench_smollm2"

@@ -1,6 +1,6 @@
 """A benchmark of the training step at shape T of the README: a small teacher, to half its width.
 
-    python train.py config/bench_tiny.py
+    python tools/bench.py config/bench_tiny.py
 
 Random tokens and a random teacher: no downloads. Ends with one line of JSON.
 """
@@ -17,15 +17,9 @@ teacher = {
     "max_position_embeddings": 2048,
 }
 student_hidden_size = 128
-init, clone_scale = "random", "none"  # which need no calibration
 data = None  # random tokens
 seq_len = 256
 global_batch_size = 8
 micro_batch_size = 8
 max_steps = 30
 compile = True  # the first step compiles, and is reported apart
-benchmark = True
-eval_every = 0
-save_every = 0
-sample_prompt = ""
-out_dir = "out/bench_tiny"

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 BUNDLED = ROOT / "data/quickstart/teacher"
 SHAPE = {
     "vocab_size": 4096, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -74,7 +74,7 @@ def text(work):
 def corpus(work, text, teacher):
     out = work / "corpus"
     done = succeed("prepare.py", f"--input={text}/*", f"--out={out}", f"--tokenizer={teacher}",
-                   "--text_key=body", "--heldout_fraction=0.2", "--shard_tokens=2000")  # fmt: skip
+                   "--text_key=body", "--heldout_fraction=0.2", "--unit_bytes=6000")  # fmt: skip
     out.with_name("corpus.log").write_text(done.stdout)
     return out
 

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import from_authors
 import pytest
 import torch
+from check import GOLDEN, golden
 from safetensors.torch import load_file, save_file
-from test_model import GOLDEN, LLAMA3, golden, randomise
+from test_model import LLAMA3, make_clone, randomise
 from transformers import AutoModelForCausalLM
 
 import convert
@@ -42,17 +44,17 @@ FAMILIES = {
 
 
 def save_teacher(path, seed=0, **changes) -> models.Llama:
-    teacher = models.Llama(models.ModelConfig.from_hf(SHAPE | changes))
+    teacher = models.Llama(convert.from_hf(SHAPE | changes))
     randomise(teacher.named_parameters(), seed)
-    models.save_model(teacher, path, torch.float32, None)
+    convert.save_model(teacher, path, torch.float32, None)
     return teacher
 
 
 def save_random_clone(path, teacher_path, **changes) -> models.LowRankClone:
     teacher = save_teacher(teacher_path, **changes)
-    clone = models.LowRankClone(teacher, 24, student_rms_norm_eps=5e-3)
+    clone = make_clone(teacher, 24, student_rms_norm_eps=5e-3)
     randomise(clone.trained().items(), seed=1)
-    models.save_clone(clone, path, str(teacher_path), str(teacher_path))
+    convert.save_clone(clone, path, str(teacher_path), str(teacher_path))
     return clone
 
 
@@ -60,6 +62,16 @@ def run_convert(monkeypatch, **options):
     for name, value in options.items():
         monkeypatch.setattr(convert, name, str(value) if isinstance(value, Path) else value)
     convert.main()
+
+
+def run_from_authors(monkeypatch, **options):
+    """tools/from_authors.py, then convert.py on what it wrote, where `student` names a directory."""
+    student = options.pop("student", None)
+    for name, value in options.items():
+        monkeypatch.setattr(from_authors, name, str(value))
+    from_authors.main()
+    if student is not None:
+        run_convert(monkeypatch, checkpoint=options["out"], out=student)
 
 
 def command_line(script, *arguments):
@@ -91,7 +103,7 @@ def test_transformers_loads_the_export(name, tmp_path, monkeypatch, warned):
     theirs, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info
     family = "llama" if arch == "llama" else FAMILIES[name]["model_type"]
-    assert type(theirs).__name__ == models.ARCHITECTURES[family] and theirs.dtype == torch.float32
+    assert type(theirs).__name__ == convert.ARCHITECTURES[family] and theirs.dtype == torch.float32
     tied = FAMILIES[name].get("tie_word_embeddings", False)
     assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == tied
     ids, prompt = random_ids(), random_ids(7)[:1]
@@ -100,7 +112,7 @@ def test_transformers_loads_the_export(name, tmp_path, monkeypatch, warned):
         torch.testing.assert_close(theirs.eval()(ids).logits, expected, rtol=0, atol=1e-4)
     greedy = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
     made = theirs.generate(prompt, max_new_tokens=12, eos_token_id=None, **greedy)[0, 7:].tolist()
-    assert made == [token for (token,) in generate(models.load_model(out), prompt.tolist(), 12)]
+    assert made == [token for (token,) in generate(convert.load_model(out), prompt.tolist(), 12)]
     assert warned == []
 
     # A config.json without one of these is another model, or none that loads.
@@ -122,9 +134,9 @@ def test_arch_llama_refuses_what_no_llama_computes(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="arch is llama; a qwen3 normalises q and k"):
         run_convert(monkeypatch, checkpoint=tmp_path / "qwen3", out=tmp_path / "x", arch="llama")
     teacher = save_teacher(tmp_path / "teacher2", **FAMILIES["qwen2"])
-    clone = models.LowRankClone(teacher, 22)
+    clone = make_clone(teacher, 22)
     randomise(clone.trained().items())
-    models.save_clone(clone, tmp_path / "qwen2", str(tmp_path / "teacher2"), "")
+    convert.save_clone(clone, tmp_path / "qwen2", str(tmp_path / "teacher2"), "")
     with pytest.raises(ValueError, match="its hidden_size, 22, must be a multiple of its 4 heads"):
         run_convert(monkeypatch, checkpoint=tmp_path / "qwen2", out=tmp_path / "x", arch="llama")
     assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
@@ -150,7 +162,7 @@ def test_shards(tmp_path, monkeypatch):
 
 def teacher_files(path, teacher):
     """A teacher's directory with everything that comes along."""
-    models.save_model(teacher, path, torch.float32, BUNDLED)
+    convert.save_model(teacher, path, torch.float32, BUNDLED)
     (path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     (path / "chat_template.jinja").write_text("{{ messages }}")
 
@@ -164,8 +176,8 @@ def test_reference_checkpoint(case, layout, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     file = tmp_path / "run/model.safetensors"
     save_file(tensors, file)
-    run_convert(monkeypatch, checkpoint=file if layout == "file" else file.parent, out=tmp_path / "student",
-                teacher=tmp_path / "teacher")  # fmt: skip
+    run_from_authors(monkeypatch, checkpoint=file if layout == "file" else file.parent, out=tmp_path / "clone",
+                     teacher=tmp_path / "teacher", student=tmp_path / "student")  # fmt: skip
     theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
     assert not any(info.values()), info
     with torch.no_grad():
@@ -183,7 +195,7 @@ def test_reference_checkpoint(case, layout, tmp_path, monkeypatch):
 def test_reference_checkpoint_with_shared_projections(qkv, gate_up, tied, tmp_path, monkeypatch):
     """Also one that was sharded, holds the teacher and the alignment's zoom_out, and has another eps."""
     teacher = save_teacher(tmp_path / "teacher", model_type="llama")
-    clone = models.LowRankClone(teacher, 24, share_qkv=qkv, share_gate_up=gate_up, tie_head_projection=tied,
+    clone = make_clone(teacher, 24, share_qkv=qkv, share_gate_up=gate_up, tie_head_projection=tied,
                                 student_rms_norm_eps=4e-3)  # fmt: skip
     randomise(clone.trained().items(), seed=1)
     tensors = {"model.zoom.weight": clone.embedding_projection.T, "model.target_norm.weight": clone.norm}
@@ -218,8 +230,9 @@ def test_reference_checkpoint_with_shared_projections(qkv, gate_up, tied, tmp_pa
     index = {"weight_map": {name: file for file, content in files.items() for name in content}}
     (run / "model.safetensors.index.json").write_text(json.dumps(index))
     (run / "config.json").write_text('{"model_type": "llama", "target_rms_norm_eps": 0.004}')
-    run_convert(monkeypatch, checkpoint=run, out=tmp_path / "student", teacher=tmp_path / "teacher")
-    student = models.load_model(tmp_path / "student")
+    run_from_authors(monkeypatch, checkpoint=run, out=tmp_path / "clone", teacher=tmp_path / "teacher",
+                     student=tmp_path / "student")  # fmt: skip
+    student = convert.load_model(tmp_path / "student")
     assert student.config == clone.config
     torch.testing.assert_close(student.logits(random_ids()), clone.logits(random_ids()), rtol=0, atol=1e-4)
 
@@ -229,36 +242,41 @@ def test_reference_checkpoint_errors(tmp_path, monkeypatch):
     tensors = {n.removeprefix("train."): t for n, t in numbers.items() if n.startswith("train.")}
     file = tmp_path / "run.safetensors"
     save_file(tensors, file)
-    with pytest.raises(ValueError, match="is of the authors' code; name its teacher with --teacher=DIR"):
-        run_convert(monkeypatch, checkpoint=file, out=tmp_path / "x")
+    with pytest.raises(ValueError, match="teacher is None; give its directory with --teacher=DIR"):
+        run_from_authors(monkeypatch, checkpoint=file, out=tmp_path / "x")
+    (tmp_path / "theirs").mkdir()
+    save_file(tensors, tmp_path / "theirs/model.safetensors")
+    (tmp_path / "theirs/config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"is of the authors' code; .*tools/from_authors.py"):
+        run_convert(monkeypatch, checkpoint=tmp_path / "theirs", out=tmp_path / "x")
     save_teacher(tmp_path / "narrow", model_type="llama")
     with pytest.raises(ValueError, match=r"has a teacher of hidden size 64; .*narrow has 48"):
-        run_convert(monkeypatch, checkpoint=file, out=tmp_path / "x", teacher=tmp_path / "narrow")
+        run_from_authors(monkeypatch, checkpoint=file, out=tmp_path / "x", teacher=tmp_path / "narrow")
     save_teacher(tmp_path / "short", model_type="llama", hidden_size=64)
     with pytest.raises(ValueError, match=r"unexpected model\.layers\.2\."):
-        run_convert(monkeypatch, checkpoint=file, out=tmp_path / "x", teacher=tmp_path / "short")
+        run_from_authors(monkeypatch, checkpoint=file, out=tmp_path / "x", teacher=tmp_path / "short")
     del tensors["model.layers.1.self_attn.zoom_k.weight"]
     save_file(tensors, file)
     save_teacher(tmp_path / "right", model_type="llama", hidden_size=64, num_hidden_layers=3)
     with pytest.raises(ValueError, match=r"missing model\.layers\.1\.self_attn\.zoom_k\.weight"):
-        run_convert(monkeypatch, checkpoint=file, out=tmp_path / "x", teacher=tmp_path / "right")
+        run_from_authors(monkeypatch, checkpoint=file, out=tmp_path / "x", teacher=tmp_path / "right")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="truncated or not a safetensors file"):
-        run_convert(monkeypatch, checkpoint=file, out=tmp_path / "x", teacher=tmp_path / "right")
+        run_from_authors(monkeypatch, checkpoint=file, out=tmp_path / "x", teacher=tmp_path / "right")
     save_file({"a": torch.zeros(2)}, file)
     with pytest.raises(ValueError, match=r"no tensor model\.zoom\.weight"):
-        run_convert(monkeypatch, checkpoint=file, out=tmp_path / "x", teacher=tmp_path / "right")
+        run_from_authors(monkeypatch, checkpoint=file, out=tmp_path / "x", teacher=tmp_path / "right")
 
 
 # ---- a teacher that has moved, or is another
 
 
 def test_moved_teacher_brings_its_tokenizer(tmp_path):
-    teacher_files(tmp_path / "teacher", models.load_model(BUNDLED))
-    clone = models.LowRankClone(models.load_model(tmp_path / "teacher"), 96)
+    teacher_files(tmp_path / "teacher", convert.load_model(BUNDLED))
+    clone = make_clone(convert.load_model(tmp_path / "teacher"), 96)
     randomise(clone.trained().items())
     recorded = str(tmp_path / "teacher")
-    models.save_clone(clone, tmp_path / "clone", recorded, recorded)
+    convert.save_clone(clone, tmp_path / "clone", recorded, recorded)
     (tmp_path / "teacher").rename(tmp_path / "moved")
     checkpoint, moved = f"--checkpoint={tmp_path}/clone", f"--teacher={tmp_path}/moved"
     refused = command_line("convert.py", checkpoint, f"--out={tmp_path}/x")
@@ -268,22 +286,22 @@ def test_moved_teacher_brings_its_tokenizer(tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "student" / name).read_bytes() == (tmp_path / "moved" / name).read_bytes()
-    generation = models.read_json(tmp_path / "student/generation_config.json")
+    generation = convert.read_json(tmp_path / "student/generation_config.json")
     assert generation == {"eos_token_id": [2, 7]}
     sampled = command_line("sample.py", f"--model={tmp_path}/clone", moved, "--max_new_tokens=4")
     assert sampled.returncode == 0 and "def read(" in sampled.stdout, sampled.stderr
 
     # a tokenizer of its own stays where it was recorded
     shutil.copytree(BUNDLED, tmp_path / "own")
-    models.save_clone(clone, tmp_path / "clone", recorded, str(tmp_path / "own"))
-    own = models.tokenizer_directory(tmp_path / "clone", str(tmp_path / "moved"))
+    convert.save_clone(clone, tmp_path / "clone", recorded, str(tmp_path / "own"))
+    own = convert.tokenizer_directory(tmp_path / "clone", str(tmp_path / "moved"))
     assert own == str(tmp_path / "own")
 
     # another teacher of this size, and one of another
-    other = models.load_model(BUNDLED)
+    other = convert.load_model(BUNDLED)
     randomise(other.named_parameters())
-    models.save_model(other, tmp_path / "other", torch.float32, BUNDLED)
-    models.save_model(clone.merge(), tmp_path / "small", torch.float32, BUNDLED)
+    convert.save_model(other, tmp_path / "other", torch.float32, BUNDLED)
+    convert.save_model(clone.merge(), tmp_path / "small", torch.float32, BUNDLED)
     for script, source in (("convert.py", checkpoint), ("sample.py", f"--model={tmp_path}/clone")):
         for wrong in ("other", "small"):
             out = [f"--out={tmp_path}/x"] if script == "convert.py" else []

@@ -17,7 +17,7 @@ from test_scripts import plain_options
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint import load as load_distributed
 
-import model as models
+import convert
 import train as train_script
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -87,7 +87,7 @@ def ranks_of(process):
 
 
 def last_weights(out_dir):
-    return load_file(models.checkpoints(out_dir)[-1] / "model.safetensors")
+    return load_file(convert.checkpoints(out_dir)[-1] / "model.safetensors")
 
 
 def assert_same_run(out_dir, expected):
@@ -127,7 +127,7 @@ def test_any_number_of_processes_trains_the_same(name, processes, options, work,
         if name.startswith("val_") and name != "val_terms_by_layer":
             assert metrics(out)[-1][name] == pytest.approx(value, rel=1e-3), name
     assert output.count("options that differ") == 1  # one process speaks
-    clone = models.load_clone(models.checkpoints(out)[-1])  # whole, without a process group
+    clone = convert.load_clone(convert.checkpoints(out)[-1])  # whole, without a process group
     assert clone.logits(torch.ones((1, 4), dtype=torch.long)).isfinite().all()
 
 
@@ -207,7 +207,7 @@ def test_a_signal_to_one_rank_saves_and_ends(work, teacher, corpus, alone):
     os.kill(ranks_of(process)[1], signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
-    (saved,) = models.checkpoints(out)
+    (saved,) = convert.checkpoints(out)
     assert saved.name == f"step_{len(metrics(out)):08d}" and "go on with --resume=True" in output
 
 
@@ -313,14 +313,14 @@ def test_no_rank_takes_a_step_that_is_not_finite_on_one(work, teacher, corpus):
     lines = metrics(out)
     assert [line["bad_steps"] for line in lines[:7]] == [0, 0, 0, 1, 2, 2, 2]
     assert lines[3]["loss"] is None and lines[-1]["loss"] < lines[0]["loss"]
-    saved = {path.name: load_file(path / "model.safetensors") for path in models.checkpoints(out)}
+    saved = {path.name: load_file(path / "model.safetensors") for path in convert.checkpoints(out)}
     assert all(weight.isfinite().all() for weight in saved["step_00000006"].values())
 
     out = work / "bad_all"
     arguments = clone_options(teacher, corpus, out, *options)
     output = train(2, "4,99", *arguments, code=1, script=str(work / "faulty.py"))
     assert "not finite in 3 steps in a row up to step 6" in output
-    (kept,) = models.checkpoints(out)
+    (kept,) = convert.checkpoints(out)
     same = load_file(kept / "model.safetensors")
     assert kept.name == "step_00000003"
     assert all(torch.equal(weight, saved["step_00000003"][name]) for name, weight in same.items())

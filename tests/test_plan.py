@@ -1,19 +1,17 @@
 """tools/plan.py: its memory against that of runs of train.py, and its page for a model that is not here."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 
-import pytest
-from conftest import ROOT, metrics, run
-
-from configurator import read_options
-
-sys.path.insert(0, str(ROOT / "tools"))
 import plan
+import pytest
+from conftest import ROOT, run
 
 import train
+from configurator import read_options
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536,
@@ -29,8 +27,7 @@ ENVIRONMENT = os.environ | {
 
 def options(micro_batch_size, seq_len, **more):
     return {
-        "teacher": SHAPE, "student_hidden_size": 256, "data": None, "init": "random", "max_steps": 2,
-        "save_every": 0, "eval_every": 0, "sample_prompt": "", "log_every": 1, "seq_len": seq_len,
+        "teacher": SHAPE, "student_hidden_size": 256, "data": None, "max_steps": 2, "seq_len": seq_len,
         "micro_batch_size": micro_batch_size, "global_batch_size": micro_batch_size, "device": "cpu", **more,
     }  # fmt: skip
 
@@ -41,7 +38,7 @@ def measure(monkeypatch):
     defaults = {
         name: default for name, (default, _, _) in read_options((ROOT / "train.py").read_text()).items()
     }
-    for name in (*defaults, "WORLD_SIZE"):
+    for name in (*defaults, "WORLD_SIZE", "load_teacher"):
         monkeypatch.setattr(train, name, getattr(train, name))
 
     def measured(given, *arguments):
@@ -79,19 +76,15 @@ def page():
     process.kill()
 
 
-def test_memory_is_what_a_run_takes(page, measure, tmp_path):
+def test_memory_is_what_a_run_takes(page, measure):
     # the difference of a large and a small step: the interpreter is in both
     steps = {"large": options(4, 256), "small": options(1, 16)}
     runs = [
-        start(
-            "train.py", f"--out_dir={tmp_path / name}", *(f"--{key}={value}" for key, value in step.items())
-        )
-        for name, step in steps.items()
+        start("tools/bench.py", *(f"--{key}={value}" for key, value in step.items()))
+        for step in steps.values()
     ]
     large, small = (measure(step, 1, "ddp", False) for step in steps.values())
-    for process in runs:
-        finish(process)
-    taken, base = (metrics(tmp_path / name)[-1]["peak_memory_gib"] for name in steps)
+    taken, base = (json.loads(finish(run).splitlines()[-1])["peak_memory_gib"] for run in runs)
     assert taken - base > 0.15
     assert large - small == pytest.approx(taken - base, rel=0.15)
 

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 import prepare
-from prepare import Mixture, Shards, permute, write_shards
+from prepare import Mixture, RandomTokens, Shards, permute, write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "data/quickstart/teacher"
@@ -31,34 +31,47 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def small_units(monkeypatch):
-    monkeypatch.setattr(prepare, "UNIT", 2000)  # many units even of a small input
-
-
 def run(*arguments):
     command = [sys.executable, "prepare.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def prepared(input, out, **options):
-    write_shards(str(input), out, str(options.pop("tokenizer", BUNDLED)), **{"num_workers": 1, **options})
+    """Of many units even where the input is small."""
+    options = {"num_workers": 1, "unit_bytes": 4000, **options}
+    write_shards(
+        input if isinstance(input, list) else str(input),
+        out,
+        str(options.pop("tokenizer", BUNDLED)),
+        **options,
+    )
     return json.loads((Path(out) / "meta.json").read_text())
 
 
+def arrays_of(directory, column, split="tokens"):
+    shards = json.loads((directory / "meta.json").read_text())["splits"][split]
+    return [np.load(directory / shard["file"].replace("tokens", column)) for shard in shards]
+
+
+def documents_of(directory, column, split="tokens"):
+    """The column's values, tokens or mask, of each document in turn."""
+    documents = []
+    for values, ends in zip(
+        arrays_of(directory, column, split), arrays_of(directory, "ends", split), strict=True
+    ):
+        assert len(values) == ends[-1]  # no document goes from one shard into the next
+        documents += np.split(values, ends[:-1])
+    return documents
+
+
 def texts_of(directory, split="tokens"):
-    """The documents as the reader finds them, without their EOS."""
-    meta = json.loads((directory / "meta.json").read_text())
-    shards = meta["splits"][split]
-    ids = [np.load(directory / shard["file"]) for shard in shards]
-    assert [len(array) for array in ids] == [shard["tokens"] for shard in shards]
-    name = "ends" if split == "tokens" else "heldout_ends"
-    starts = np.cumsum([0, *map(len, ids)])
-    ends = [np.load(directory / f"{name}_{n:05d}.npy") + starts[n] for n in range(len(shards))]
-    cuts = np.concatenate(ends) if ends else []
-    documents = np.split(np.concatenate(ids), cuts) if ends else [[]]
-    assert len(documents[-1]) == 0 and all(document[-1] == 0 for document in documents[:-1])
-    return [TOKENIZER.decode(document[:-1]) for document in documents[:-1]]
+    """The documents without their EOS."""
+    shards = json.loads((directory / "meta.json").read_text())["splits"][split]
+    assert [len(array) for array in arrays_of(directory, "tokens", split)] == [s["tokens"] for s in shards]
+    assert [len(array) for array in arrays_of(directory, "ends", split)] == [s["documents"] for s in shards]
+    documents = documents_of(directory, "tokens", split)
+    assert all(document[-1] == 0 for document in documents)
+    return [TOKENIZER.decode(document[:-1]) for document in documents]
 
 
 def contents(directory):
@@ -88,21 +101,63 @@ def write_as(kind, path, texts):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "json", "json.zst", "parquet"])
-def test_every_format_gives_the_same_shards(kind, tmp_path, monkeypatch):
+def test_every_format_gives_the_same_documents_and_bytes_for_any_number_of_workers(
+    kind, tmp_path, monkeypatch
+):
     monkeypatch.setattr(prepare, "BLOCK", 1000)  # objects and lines that go over several blocks
-    options = {"heldout_fraction": 0.2, "shard_tokens": 1500}
-    (tmp_path / "text").mkdir()
-    for i, text in enumerate(TEXTS):
-        (tmp_path / f"text/{i:03d}.txt").write_text(text)
-    prepared(f"{tmp_path}/text/*", tmp_path / "expected", **options)
-    prepared(write_as(kind, tmp_path / f"data.{kind}", TEXTS), tmp_path / "out", **options, num_workers=2)
-    expected, found = contents(tmp_path / "expected"), contents(tmp_path / "out")
-    del expected["meta.json"], found["meta.json"]
-    assert found == expected and len(found) > 8
-    held = texts_of(tmp_path / "out", "heldout")
-    assert texts_of(tmp_path / "out") == [text for text in TEXTS if text not in held]
+    source = write_as(kind, tmp_path / f"data.{kind}", TEXTS)
+    written = []
+    for workers in (1, 2, 3):
+        meta = prepared(source, tmp_path / str(workers), heldout_fraction=0.2, num_workers=workers)
+        written.append(contents(tmp_path / str(workers)))
+    assert written[0] == written[1] == written[2]
+    assert len(meta["splits"]["tokens"]) == {"jsonl": 16, "parquet": 4}.get(kind, 1)
+    assert len(meta["splits"]["heldout"]) == 1
+    held = texts_of(tmp_path / "1", "heldout")
     assert 10 < len(held) < 60
+    assert held == [text for text in TEXTS if text in held]
+    assert texts_of(tmp_path / "1") == [text for text in TEXTS if text not in held]
+    names = {file.name for file in (tmp_path / "1").iterdir()}
+    assert names == {
+        "meta.json",
+        *(name for shards in meta["splits"].values() for s in shards for name in s["sha256"]),
+    }
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_small_files_are_packed_into_units_whole(tmp_path):
+    """As the quickstart's: one document a file, in the order of their names, and few shards."""
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i:03d}.py").write_text(text)
+    meta = prepared(f"{tmp_path}/*.py", tmp_path / "out", heldout_fraction=0.1, unit_bytes=10_000)
+    held = texts_of(tmp_path / "out", "heldout")
+    assert 3 < len(held) < 30
+    assert texts_of(tmp_path / "out") == [text for text in TEXTS if text not in held]
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert size / 10_000 < len(meta["splits"]["tokens"]) < 2 * size / 10_000 + 1
+    meta = prepared(f"{tmp_path}/*.py", tmp_path / "one", heldout_fraction=0.1, unit_bytes=64_000_000)
+    assert len(meta["splits"]["tokens"]) == 1
+    assert np.array_equal(
+        np.concatenate(arrays_of(tmp_path / "out", "tokens")), arrays_of(tmp_path / "one", "tokens")[0]
+    )
+
+
+@pytest.mark.parametrize("unit_bytes", [7, 50, 99, 100, 101, 1000])
+def test_byte_ranges_share_no_line_and_leave_none_out(unit_bytes, tmp_path):
+    """Lines of every length around the unit's, so that some begin and end exactly where a range does."""
+    texts = [str(i) * (1 + 7 * i % 40) for i in range(60)] + ["x" * (100 - len('{"text": ""}') - 1)] * 5
+    (tmp_path / "a.jsonl").write_bytes(lines(texts) + b"\n\n" + lines(["no newline"])[:-1])
+    prepared(tmp_path / "a.jsonl", tmp_path / "out", heldout_fraction=0, unit_bytes=unit_bytes)
+    assert texts_of(tmp_path / "out") == [*texts, "no newline"]
+
+
+def test_the_ranges_of_a_long_text_leave_nothing_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "LONGEST_TEXT", 100)
+    rows = ["y" * (i * 37 % 130) for i in range(60)] + ["z" * 99] * 4
+    (tmp_path / "a.txt").write_text("\n".join(rows))
+    meta = prepared(tmp_path / "a.txt", tmp_path / "out", heldout_fraction=0, unit_bytes=500)
+    assert "".join(texts_of(tmp_path / "out")) == "\n".join(rows)
+    assert len(meta["splits"]["tokens"]) > 4 and meta["documents"]["tokens"] > 20
 
 
 def test_held_out_documents_do_not_depend_on_order_or_format(tmp_path):
@@ -122,20 +177,60 @@ def test_a_long_document_is_cut_where_tokens_end(kind, tmp_path, monkeypatch):
     prepared(tmp_path / f"a.{kind}", tmp_path / "out", heldout_fraction=0)
     assert texts_of(tmp_path / "out") == [text]
     whole = TOKENIZER.encode(text).ids
-    found = np.load(tmp_path / "out/tokens_00000.npy").tolist()
+    found = arrays_of(tmp_path / "out", "tokens")[0].tolist()
     length = len(TOKENIZER.encode("".join(TEXTS)).ids)
     assert found[: length - 100] == whole[: length - 100]
 
 
-def test_a_text_file_without_end_is_several_documents(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["txt", "txt.gz"])
+def test_a_text_file_without_end_is_several_documents(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "LONGEST_TEXT", 2000)
-    monkeypatch.setattr(prepare, "BLOCK", 300)
-    (tmp_path / "a.txt").write_text("".join(TEXTS) + "日本" * 1000)
-    meta = prepared(tmp_path / "a.txt", tmp_path / "out", heldout_fraction=0.3)
+    text = "".join(TEXTS) + "日本" * 100
+    (tmp_path / f"a.{kind}").write_bytes(gzip.compress(text.encode()) if kind == "txt.gz" else text.encode())
+    meta = prepared(tmp_path / f"a.{kind}", tmp_path / "out", heldout_fraction=0.3)
     kept, held = (texts_of(tmp_path / "out", split) for split in ("tokens", "heldout"))
-    assert sum(meta["documents"].values()) == len(kept) + len(held) > 20 and len(held) > 3
-    assert sorted("".join(kept + held)) == sorted("".join(TEXTS) + "日本" * 1000)
-    assert all(len(text.encode()) <= 2000 and text in "".join(TEXTS) + "日本" * 1000 for text in kept + held)
+    assert sum(meta["documents"].values()) == len(kept) + len(held) > 8 and len(held) > 1
+    assert sorted("".join(kept + held)) == sorted(text)
+    # at most 2000 bytes and what is left of the line, 600 at the end of the text
+    assert all(len(document.encode()) <= 2700 and document in text for document in kept + held)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "txt", "json"])
+def test_a_line_or_object_too_long_is_one_bad_row(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "LONGEST_ROW", 5000)
+    monkeypatch.setattr(prepare, "BLOCK", 700)
+    monkeypatch.setattr(prepare, "LONGEST_TEXT", 1000)
+    long = "x" * 20_000
+    data = f"first\n{long}\nlast\n".encode() if kind == "txt" else lines(["first", long, "last"])
+    compress = {"gz": gzip.compress, "zst": zstandard.compress}.get(kind.split(".")[-1], bytes)
+    (tmp_path / f"a.{kind}").write_bytes(compress(data))
+    (tmp_path / "b.jsonl").write_bytes(lines(["the next file"]))
+    meta = prepared([f"{tmp_path}/a.{kind}", f"{tmp_path}/b.jsonl"], tmp_path / "out", heldout_fraction=0)
+    assert meta["bad"] == 1
+    expected = {"txt": ["last\n"], "json": ["first"]}.get(kind, ["first", "last"])
+    assert texts_of(tmp_path / "out") == [*expected, "the next file"]
+    reason = "not JSON, and so is what follows" if kind == "json" else "a line over 5,000 bytes"
+    assert reason in meta["first_bad"][0]
+
+
+def test_a_gigabyte_in_one_line_takes_little_memory(tmp_path):
+    """Under 4 x the longest row of 64 MB, where the line alone is 1 GB; measured in a process of its own."""
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb", 1) as file:
+        file.write(lines(["first"]) + b'{"text": "')
+        for _ in range(1000):
+            file.write(b"x" * 2**20)
+        file.write(b'"}\n' + lines(["last"]))
+    script = f"""
+import resource, prepare
+paths = {[str(tmp_path / "a.jsonl.gz"), str(tmp_path / "out"), str(BUNDLED)]}
+prepare.write_shards(*paths, heldout_fraction=0)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 400
+    assert texts_of(tmp_path / "out") == ["first", "last"]
+    assert json.loads((tmp_path / "out/meta.json").read_text())["bad"] == 1
 
 
 def test_scores_filter_rows_by_a_dotted_key(tmp_path):
@@ -154,7 +249,8 @@ def test_scores_filter_rows_by_a_dotted_key(tmp_path):
         meta = prepared(tmp_path / f"a.{kind}", tmp_path / kind, **options)
         assert texts_of(tmp_path / kind) == kept
         assert meta["filtered"] == 150 - 1 - len(kept) and meta["bad"] == 1
-    assert "a.jsonl:8: no number under metadata.int_score" in meta["first_bad"][0]
+    offset = sum(len(json.dumps(row)) + 1 for row in rows[:7])
+    assert f"a.jsonl: line at byte {offset}: no number under metadata.int_score" in meta["first_bad"][0]
 
 
 # ---- what is bad
@@ -225,22 +321,51 @@ def bad_text(path):
 
 
 BAD = {
-    "json": ("jsonl", bad_line(3, b'{"text": "cut'), "bad.jsonl:3: not JSON: "),
-    "null": ("jsonl", bad_line(149, b'{"text": null}'), "bad.jsonl:149: no text under text"),
-    "missing": ("jsonl", bad_line(1, b'{"other": 1}'), "bad.jsonl:1: no text under text"),
-    "no object": ("jsonl", bad_line(77, b'["text"]'), "bad.jsonl:77: not a JSON object"),
-    "utf8": ("jsonl", bad_line(150, b'{"text": "caf\xe9"}'), "bad.jsonl:150: invalid UTF-8"),
-    "surrogate": ("jsonl", bad_line(9, rb'{"text": "\ud83d"}'), "bad.jsonl:9: invalid UTF-8"),
-    "gzip": ("jsonl.gz", truncated(gzip.compress), "bad.jsonl.gz:{n}: the compressed data ends early"),
-    "zstd": ("jsonl.zst", truncated(zstandard.compress), "bad.jsonl.zst:{n}: the compressed data ends early"),
+    "json": ("jsonl", bad_line(3, b'{"text": "cut'), "bad.jsonl: line at byte {offset}: not JSON: "),
+    "null": (
+        "jsonl",
+        bad_line(149, b'{"text": null}'),
+        "bad.jsonl: line at byte {offset}: no text under text",
+    ),
+    "missing": (
+        "jsonl",
+        bad_line(1, b'{"other": 1}'),
+        "bad.jsonl: line at byte {offset}: no text under text",
+    ),
+    "no object": ("jsonl", bad_line(77, b'["text"]'), "bad.jsonl: line at byte {offset}: not a JSON object"),
+    "utf8": (
+        "jsonl",
+        bad_line(150, b'{"text": "caf\xe9"}'),
+        "bad.jsonl: line at byte {offset}: invalid UTF-8",
+    ),
+    "surrogate": (
+        "jsonl",
+        bad_line(9, rb'{"text": "\ud83d"}'),
+        "bad.jsonl: line at byte {offset}: invalid UTF-8",
+    ),
+    "gzip": (
+        "jsonl.gz",
+        truncated(gzip.compress),
+        "bad.jsonl.gz: broken compression: Compressed file ended before ",
+    ),
+    "zstd": (
+        "jsonl.zst",
+        truncated(zstandard.compress),
+        "bad.jsonl.zst: broken compression: Truncated compressed stream",
+    ),
     "row group": ("parquet", bad_row_group, "bad.parquet: row group 1: 50 rows lost: "),
     "parquet text": ("parquet", bad_parquet_text, "bad.parquet: row group 1, row 20: invalid UTF-8"),
     "parquet": ("parquet", bad_parquet_file, "bad.parquet: not Parquet: "),
     "array": ("json", bad_array, "bad.json: object 6: not JSON, and so is what follows: "),
     "null in array": ("json", null_in_array, "bad.json: object 4: no text under text"),
     "string in array": ("json", string_in_array, "bad.json: object 4: not a JSON object"),
-    "text": ("txt", bad_text, "bad.txt:3: invalid UTF-8"),
+    "text": ("txt", bad_text, "bad.txt: text at byte 11: invalid UTF-8"),
 }
+
+
+def missing_line(texts, good):
+    """How many lines stand before the one that is not there."""
+    return next((i for i, (a, b) in enumerate(zip(texts, good, strict=False)) if a != b), len(good))
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -253,9 +378,9 @@ def test_what_is_bad_is_told_counted_and_skipped(name, tmp_path, capfd):
     if name in ("gzip", "zstd"):  # every line that is whole in what is left of the file
         assert 500 < len(found) - 1 < 900
         assert found == [*good[: len(found) - 1], "the next file"]
-        message = message.format(n=len(found))
     else:
         assert found == [*good, "the next file"]
+        message = message.format(offset=len(lines(TEXTS[: missing_line(TEXTS, good)])))
     assert meta["bad"] == len(meta["first_bad"]) == 1
     assert meta["first_bad"][0].startswith(f"{tmp_path}/{message}")
     assert f"skipped {tmp_path}/{message}" in capfd.readouterr().err
@@ -265,12 +390,12 @@ def test_more_than_max_bad_stops_and_a_higher_limit_goes_on(tmp_path):
     rows = lines(TEXTS).splitlines(keepends=True)
     rows[10:10], rows[80:80] = [b"bad\n"], [b"bad\n", b"bad\n"]
     (tmp_path / "a.jsonl").write_bytes(b"".join(rows))
-    for limit, line in ((0, 11), (2, 82)):
-        with pytest.raises(
-            ValueError, match=f"more than max_bad = {limit}, the last .*a.jsonl:{line}: not JSON"
-        ):
+    for limit, line in ((0, 10), (2, 81)):
+        offset = sum(map(len, rows[:line]))
+        wrong = f"more than max_bad = {limit}, the last .*a.jsonl: line at byte {offset}: not JSON"
+        with pytest.raises(ValueError, match=wrong):
             prepared(tmp_path / "a.jsonl", tmp_path / "out", max_bad=limit)
-        assert (tmp_path / "out.partial/progress.json").exists()
+        assert (tmp_path / "out.partial/settings.json").exists()
     assert prepared(tmp_path / "a.jsonl", tmp_path / "out", max_bad=3)["bad"] == 3
     prepared(tmp_path / "a.jsonl", tmp_path / "straight")
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
@@ -300,7 +425,7 @@ def test_refusals_are_one_line(tmp_path, monkeypatch):
         assert done.returncode == 1 and words in done.stderr.splitlines()[-1], done.stderr
         assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
         assert set(tmp_path.iterdir()) == before  # neither out nor out.partial
-    for package, kind in (("zstandard", "jsonl.zst"), ("pyarrow", "parquet")):
+    for package, kind in (("pyarrow", "jsonl.zst"), ("pyarrow", "parquet")):
         write_as(kind, tmp_path / f"b.{kind}", TEXTS)
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
@@ -312,8 +437,7 @@ def test_refusals_are_one_line(tmp_path, monkeypatch):
 
 DRIVER = """
 import sys, prepare
-prepare.CHECKPOINT_SECONDS, prepare.UNIT = 0.02, 10_000
-prepare.write_shards(sys.argv[2:], sys.argv[1], sys.argv[0], heldout_fraction=0.2, shard_tokens=20_000)
+prepare.write_shards(sys.argv[2:], sys.argv[1], sys.argv[0], heldout_fraction=0.2, unit_bytes=20_000)
 """
 
 
@@ -329,7 +453,7 @@ def test_killed_at_ten_moments_ends_with_the_same_bytes(tmp_path):
         process = subprocess.Popen(
             command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
-        while not (Path(f"{out}.partial") / "progress.json").exists() and process.poll() is None:
+        while not (Path(f"{out}.partial") / "settings.json").exists() and process.poll() is None:
             time.sleep(0.002)
         return process
 
@@ -346,11 +470,10 @@ def test_killed_at_ten_moments_ends_with_the_same_bytes(tmp_path):
         time.sleep(moments.random() * duration)
         process.kill()
         process.wait()
-        if not out.exists():
-            again = start(out)
-            printed = again.communicate()[0].decode()
-            assert again.returncode == 0
-            gone_on += "going on in" in printed and " 0 bytes of the input are done" not in printed
+        again = start(out)
+        printed = again.communicate()[0].decode()
+        assert again.returncode == 0
+        gone_on += "going on in" in printed
         assert contents(out) == expected
         with pytest.raises(ProcessLookupError):  # its workers have noticed
             for _ in range(100):
@@ -366,10 +489,11 @@ def test_going_on_with_other_settings_or_input_is_refused(tmp_path):
         file.write("bad\n")
     with pytest.raises(ValueError, match="more than max_bad"):
         prepared(source, tmp_path / "out", max_bad=0)
+    shutil.rmtree(tmp_path / "out.partial/units")
     before = contents(tmp_path / "out.partial")
     for options in (
         {"heldout_fraction": 0.5},
-        {"shard_tokens": 5000},
+        {"unit_bytes": 5000},
         {"text_key": "body"},
         {"min_score": 1.0},
     ):
@@ -384,6 +508,87 @@ def test_going_on_with_other_settings_or_input_is_refused(tmp_path):
         file.write(json.dumps({"text": "more"}) + "\n")
     with pytest.raises(ValueError, match="was begun with input_files = "):
         prepared(source, tmp_path / "out")
+
+
+def test_input_of_the_same_size_that_changed_is_refused(tmp_path):
+    source = write_as("jsonl", tmp_path / "a.jsonl", [*TEXTS, "last", 1])
+    with pytest.raises(ValueError, match="more than max_bad"):
+        prepared(source, tmp_path / "out", max_bad=0)
+    data = source.read_bytes()
+    source.write_bytes(data.replace(b'"last"', b'"tsal"'))
+    with pytest.raises(ValueError, match="was begun with input_files = "):
+        prepared(source, tmp_path / "out")
+
+
+def test_what_is_there_is_said_and_other_settings_are_refused(tmp_path):
+    source = write_as("jsonl", tmp_path / "a.jsonl", TEXTS)
+    arguments = (f"--input={source}", f"--out={tmp_path}/out", f"--tokenizer={BUNDLED}")
+    assert run(*arguments).returncode == 0
+    before = contents(tmp_path / "out")
+    again = run(*arguments, "--num_workers=1", "--max_bad=7")
+    assert (
+        again.returncode == 0
+        and again.stdout.splitlines()[-1] == f"{tmp_path}/out is there already, made with the same settings"
+    )
+    other = run(*arguments, "--heldout_fraction=0.5")
+    assert other.returncode == 1
+    assert f"{tmp_path}/out was begun with heldout_fraction = 0.02, not 0.5; remove it" in other.stderr
+    (tmp_path / "else").mkdir()
+    refused = run(*arguments[::2], f"--out={tmp_path}/else")
+    assert refused.returncode == 1 and "exists and is no shard directory" in refused.stderr
+    assert contents(tmp_path / "out") == before and not list((tmp_path / "else").iterdir())
+
+
+def test_killed_before_the_last_rename(tmp_path, monkeypatch):
+    source = write_as("jsonl", tmp_path / "a.jsonl", TEXTS)
+    prepared(source, tmp_path / "straight")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(Path, "rename", lambda *_: 1 / 0)
+        prepared(source, tmp_path / "out")
+    assert (tmp_path / "out.partial/meta.json").is_file() and not (tmp_path / "out").exists()
+    prepared(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+    with monkeypatch.context() as patch:  # and after it
+        patch.setattr(prepare, "tidy", lambda out: None)
+        prepared(source, tmp_path / "late")
+    assert (tmp_path / "late/units").is_dir()
+    prepared(source, tmp_path / "late")
+    assert contents(tmp_path / "late") == contents(tmp_path / "straight")
+
+
+def test_what_a_killed_worker_left_is_removed(tmp_path):
+    source = write_as("jsonl", tmp_path / "a.jsonl", [*TEXTS, 1])
+    with pytest.raises(ValueError, match="more than max_bad"):
+        prepared(source, tmp_path / "out", max_bad=0)
+    for name in ("tokens_00099.npy.1.tmp", "units/heldout_ends_00099.npy.1.tmp"):
+        (tmp_path / "out.partial" / name).touch()
+    prepared(source, tmp_path / "out")
+    prepared(source, tmp_path / "straight")
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+def test_units_that_are_there_are_not_made_again(tmp_path):
+    source = write_as("jsonl", tmp_path / "a.jsonl", [*TEXTS, 1])
+    with pytest.raises(ValueError, match="more than max_bad"):
+        prepared(source, tmp_path / "out", max_bad=0)
+    made = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out.partial").glob("*.npy")}
+    assert len(made) > 10
+    prepared(source, tmp_path / "out")
+    now = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.npy")}
+    assert made.items() < now.items()
+
+
+def test_two_writers_are_refused(tmp_path):
+    source = write_as("jsonl", tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "out.partial").mkdir()
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print(flush=True); input()"
+    command = [sys.executable, "-c", holder, str(tmp_path / "out.partial/lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(ValueError, match=r"another process is writing .*out.partial"):
+            prepared(source, tmp_path / "out")
+        process.communicate(b"\n")
+    prepared(source, tmp_path / "out")
 
 
 # ---- chats
@@ -503,10 +708,11 @@ def test_sft_trains_on_the_assistants_turns_and_nothing_else(family, real, tmp_p
     options = {"tokenizer": tmp_path / "tokenizer", "heldout_fraction": 0}
     meta = prepared(source, tmp_path / "sft", sft=True, **options)
     assert meta["sft"] and meta["documents"]["tokens"] == len(CHATS) and not meta["bad"]
-    rows = Shards(tmp_path / "sft", "tokens", 0, sft=True)
+    rows = documents_of(tmp_path / "sft", "tokens")
+    masks = documents_of(tmp_path / "sft", "mask")
     oracle = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     for i, chat in enumerate(CHATS):
-        tokens, mask = rows.block(i)
+        tokens, mask = rows[i], masks[i] == 1
         messages = [{"role": role, "content": content} for role, content in chat]
         rendered = oracle.apply_chat_template(messages, tokenize=False)
         assert tokenizer.decode(tokens, skip_special_tokens=False) == rendered
@@ -515,38 +721,46 @@ def test_sft_trains_on_the_assistants_turns_and_nothing_else(family, real, tmp_p
             assert tokens.tolist() == tokenizer.encode(rendered, add_special_tokens=False).ids
 
     prepared(source, tmp_path / "packed", **options)
-    packed, ends = (np.load(tmp_path / f"packed/{name}_00000.npy") for name in ("tokens", "ends"))
-    assert np.array_equal(packed, np.load(tmp_path / "sft/tokens_00000.npy"))
-    assert ends.tolist() == np.load(tmp_path / "sft/ends_00000.npy").tolist()
+    for column in ("tokens", "ends"):
+        packed, sft = (arrays_of(tmp_path / name, column) for name in ("packed", "sft"))
+        assert all(np.array_equal(a, b) for a, b in zip(packed, sft, strict=True))
 
 
 def test_sft_rows_are_cut_at_seq_len_and_stay_in_one_shard(tmp_path):
     tokenizer = chat_tokenizer("llama3", tmp_path / "tokenizer")
     never = [[("user", "long " * 200), ("assistant", "no")], [("user", "nobody answers")]]
     source = write_chats(tmp_path / "chats.jsonl", [*CHATS, *never] * 5)
-    options = {"tokenizer": tmp_path / "tokenizer", "sft": True, "heldout_fraction": 0}
+    options = {"tokenizer": tmp_path / "tokenizer", "sft": True, "heldout_fraction": 0, "unit_bytes": 2000}
     whole = prepared(source, tmp_path / "whole", seq_len=10_000, **options)
-    meta = prepared(source, tmp_path / "cut", seq_len=30, shard_tokens=70, **options)
+    meta = prepared(source, tmp_path / "cut", seq_len=30, **options)
     assert whole["filtered"] == 5 and meta["filtered"] == 10 and meta["bad"] == 0
-    shards = meta["splits"]["tokens"]
-    assert len(shards) > 5 and all(shard["tokens"] <= 70 for shard in shards)
-    long, cut = (Shards(tmp_path / name, "tokens", 0, sft=True) for name in ("whole", "cut"))
-    assert cut.blocks == 25 and long.blocks == 30
+    assert len(meta["splits"]["tokens"]) > 5
+    rows = {name: [documents_of(tmp_path / name, c) for c in ("tokens", "mask")] for name in ("whole", "cut")}
+    long, cut = (list(zip(*rows[name], strict=True)) for name in ("whole", "cut"))
+    assert len(cut) == 25 and len(long) == 30
     for i in range(25):
-        (tokens, mask), (whole_tokens, whole_mask) = cut.block(i), long.block(i // 5 * 6 + i % 5)
+        (tokens, mask), (whole_tokens, whole_mask) = cut[i], long[i // 5 * 6 + i % 5]
         assert len(tokens) == min(30, len(whole_tokens)) and mask.any()
         assert np.array_equal(tokens, whole_tokens[:30]) and np.array_equal(mask, whole_mask[:30])
 
     mixture = Mixture({tmp_path / "cut": None}, "tokens", 0, seed=3, sft=True)
     assert sorted(mixture.place(i)[1] for i in range(25)) == list(range(25))
-    inputs, labels = mixture.rows(4, 6)
-    assert inputs.shape == labels.shape == (6, max(len(mixture.sample(i)[1][0]) for i in range(4, 10)) - 1)
+    batch = mixture.batch(4, 6)
+    assert batch.ids.shape == batch.labels.shape == batch.documents.shape == (6, 128)
+    assert not batch.documents.any() and batch.source.tolist() == [0] * 6
     for row, i in enumerate(range(4, 10)):
-        tokens, mask = mixture.sample(i)[1]
+        tokens, mask = cut[mixture.place(i)[1]]
         expected = [token if trained else -100 for token, trained in zip(tokens[1:], mask[1:], strict=True)]
-        assert labels[row].tolist() == expected + [-100] * (inputs.shape[1] - len(expected))
-        assert inputs[row, : len(tokens) - 1].tolist() == tokens[:-1].tolist()
-        assert tokenizer.decode(tokens[1:][mask[1:]]) == tokenizer.decode(labels[row][labels[row] >= 0])
+        assert batch.labels[row].tolist() == expected + [-100] * (128 - len(expected))
+        assert batch.ids[row].tolist() == tokens[:-1].tolist() + [0] * (128 - len(expected))
+        labels = batch.labels[row]
+        assert tokenizer.decode(tokens[1:][mask[1:] == 1]) == tokenizer.decode(labels[labels >= 0])
+    assert mixture.count_labels(4, 6) == (batch.labels != -100).sum()
+    for length in (128, 129):  # a row of one token more than ids
+        source = write_chats(tmp_path / f"{length}.jsonl", [[("user", "a"), ("assistant", "x = 1\n" * 200)]])
+        prepared(source, tmp_path / str(length), seq_len=length + 1, **options)
+        mixture = Mixture({tmp_path / str(length): None}, "tokens", 0, seed=3, sft=True)
+        assert mixture.batch(0, 1).ids.shape == (1, 128 if length == 128 else 256)
     with pytest.raises(ValueError, match="not SFT rows"):
         prepared(write_as("jsonl", tmp_path / "a.jsonl", TEXTS), tmp_path / "packed")
         Shards(tmp_path / "packed", "tokens", 8, sft=True)
@@ -562,7 +776,8 @@ def test_bad_chats_are_counted(tmp_path):
     meta = prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=tmp_path / "tokenizer", sft=True,
                     heldout_fraction=0)  # fmt: skip
     assert meta["documents"]["tokens"] == 2 and meta["bad"] == 6
-    assert [int(reason.split(":")[1]) for reason in meta["first_bad"]] == [2, 3, 4, 5, 6, 7]
+    offsets = np.cumsum([len(json.dumps(row)) + 1 for row in rows])
+    assert [int(reason.split(":")[1].split()[-1]) for reason in meta["first_bad"]] == offsets[:6].tolist()
 
 
 # ---- readers
@@ -577,7 +792,7 @@ def corpora(tmp_path_factory):
         "few": ["\n".join(TEXTS[i : i + 30]) for i in range(0, 90, 30)],
     }.items():
         source = write_as("jsonl", work / f"{name}.jsonl", texts)
-        prepared(source, work / name, shard_tokens=2000, heldout_fraction=0)
+        prepared(source, work / name, heldout_fraction=0, unit_bytes={"many": 4000, "few": 12_000}[name])
     return work
 
 
@@ -637,11 +852,18 @@ def test_mixture_takes_each_budget_and_repeats_only_what_is_used_up(corpora, bud
     first = sum(source == 0 for source, _ in places[: mixture.total // 2])
     p = shares[0] / mixture.total  # the sources are shuffled together: within five standard deviations
     assert abs(first - shares[0] / 2) < 5 * (mixture.total * p * (1 - p) / 4) ** 0.5
-    assert mixture.sources_of(3, 20).tolist() == [source for source, _ in places[3:23]]
     batch = mixture.batch(7, 5)
-    for row, i in zip(batch, range(7, 12), strict=True):
-        source, block = places[i]
-        assert np.array_equal(row, mixture.sources[source].block(block))
+    assert batch.source.tolist() == [source for source, _ in places[7:12]]
+    assert all(array.dtype == np.int64 for array in batch)
+    for row, i in enumerate(range(7, 12)):
+        name, block = ("many", "few")[places[i][0]], places[i][1]
+        for tokens in arrays_of(corpora / name, "tokens"):
+            if block < (len(tokens) - 1) // 16:
+                break
+            block -= (len(tokens) - 1) // 16
+        assert batch.ids[row].tolist() == tokens[block * 16 : block * 16 + 16].tolist()
+        assert batch.labels[row].tolist() == tokens[block * 16 + 1 : block * 16 + 17].tolist()
+    assert mixture.count_labels(7, 5) == 5 * 16
     other = Mixture(data, "tokens", 16, seed=6)
     assert [other.place(i) for i in range(50)] != places[:50]
 
@@ -652,12 +874,67 @@ def test_documents_tell_where_each_token_belongs(corpora):
         several = 0
         for start in range(0, mixture.total, 8):
             count = min(8, mixture.total - start)
-            tokens, documents = mixture.batch(start, count), mixture.documents(start, count)
-            assert documents.shape == tokens.shape
-            after_eos = np.cumsum(tokens == 0, axis=1) - (tokens == 0)  # the EOS is its document's last token
-            assert np.array_equal(documents, after_eos)
-            several += (documents[:, -1] > 0).sum()
+            batch = mixture.batch(start, count)
+            assert batch.documents.shape == batch.ids.shape == (count, 64)
+            ended = batch.ids == 0  # the EOS is its document's last token
+            assert np.array_equal(batch.documents, np.cumsum(ended, axis=1) - ended)
+            several += (batch.documents[:, -1] > 0).sum()
         assert several > 0
+
+
+def test_random_tokens_are_a_batch_too():
+    blocks = RandomTokens(vocab_size=50, seq_len=8)
+    batch = blocks.batch(3, 4)
+    assert batch.ids.shape == batch.labels.shape == batch.documents.shape == (4, 8)
+    assert np.array_equal(batch.ids[:, 1:], batch.labels[:, :-1]) and len(np.unique(batch.ids)) > 10
+    assert batch.source.tolist() == [0] * 4 and blocks.count_labels(3, 4) == 32
+
+
+def test_more_shards_than_a_process_may_open(tmp_path):
+    """A soft limit of 400 open files, as 1024 is where FineWeb-Edu makes thousands of shards."""
+    prepared(
+        write_as("jsonl", tmp_path / "a.jsonl", TEXTS * 4),
+        tmp_path / "out",
+        unit_bytes=100,
+        heldout_fraction=0,
+    )
+    script = f"""
+import resource
+from prepare import Mixture
+resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))
+mixture = Mixture({{{str(tmp_path / "out")!r}: None}}, "tokens", 16, seed=0)
+print(len(mixture.sources[0].shards), sum(int(mixture.batch(i, 1).ids.sum()) for i in range(mixture.total)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    arrays = arrays_of(tmp_path / "out", "tokens")
+    expected = sum(int(a[: (len(a) - 1) // 16 * 16].sum(dtype=np.int64)) for a in arrays)
+    assert [int(word) for word in done.stdout.split()] == [len(arrays), expected] and len(arrays) > 400
+
+
+def test_shards_of_earlier_versions_are_read(corpora, tmp_path):
+    """Written by hand as prepare.py wrote them before work units: a document goes on in the next shard."""
+    tokens = np.arange(1, 61, dtype=np.uint16)
+    entries = []
+    for number, ends in enumerate(([10, 25], [15])):
+        np.save(tmp_path / f"tokens_{number:05d}.npy", tokens[number * 30 : number * 30 + 30])
+        np.save(tmp_path / f"ends_{number:05d}.npy", np.array(ends))
+        entries.append(
+            {"file": f"tokens_{number:05d}.npy", "tokens": 30, "documents": len(ends), "sha256": {}}
+        )
+    meta = json.loads((corpora / "many/meta.json").read_text())
+    meta["splits"] = {"tokens": entries, "heldout": []}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    mixture = Mixture({tmp_path: None}, "tokens", 8, seed=0)
+    assert mixture.total == 6
+    batch = mixture.batch(0, 6)
+    for ids, labels, documents in zip(batch.ids, batch.labels, batch.documents, strict=True):
+        first = ids[0]
+        assert ids.tolist() == list(range(first, first + 8)) and labels.tolist() == list(
+            range(first + 1, first + 9)
+        )
+        changes = [token for token in ids[1:] if documents[token - first] != documents[token - first - 1]]
+        assert changes == [token for token in ids[1:] if token in (11, 26, 46)]
 
 
 def test_a_damaged_directory_is_named(corpora, tmp_path):
@@ -682,9 +959,10 @@ def test_a_damaged_directory_is_named(corpora, tmp_path):
         with pytest.raises(ValueError, match=f"{name} is truncated"):
             Shards(tmp_path / "many", "tokens", 16)
         shutil.copy(corpora / "many" / name, file)
+    length = len(arrays_of(corpora / "many", "tokens")[0])
     np.save(tmp_path / "many/tokens_00000.npy", np.zeros(1999, np.uint16))
     with pytest.raises(
-        ValueError, match=r"tokens_00000.npy holds \(1999,\) uint16; meta.json says \(2000,\)"
+        ValueError, match=rf"tokens_00000.npy holds \(1999,\) uint16; meta.json says \({length},\)"
     ):
         Shards(tmp_path / "many", "tokens", 16)
     with pytest.raises(ValueError, match="not one block of seq_len 16"):

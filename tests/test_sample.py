@@ -1,6 +1,5 @@
 """sample.py: decoding against transformers and the plain forward pass, and the chat."""
 
-import functools
 import json
 import os
 import shutil
@@ -11,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from test_model import random_llama
 from transformers import AutoModelForCausalLM
 
+import convert
 import model as models
 import sample
 from prepare import load_tokenizer
-from sample import Decoder, Packed, ending_ids, generate
+from sample import ending_ids, generate
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "data/quickstart/teacher"
@@ -45,7 +44,7 @@ def continuations(*arguments, **options):
 def test_greedy_tokens_are_transformers(family, lengths, tmp_path):
     """One row, a padded batch, a large one."""
     ours = random_llama(family=family, head_dim=16)
-    models.save_model(ours, tmp_path, torch.float32, None)
+    convert.save_model(ours, tmp_path, torch.float32, None)
     theirs, rows, width = (
         AutoModelForCausalLM.from_pretrained(tmp_path).eval(),
         prompts(*lengths),
@@ -59,20 +58,12 @@ def test_greedy_tokens_are_transformers(family, lengths, tmp_path):
     assert continuations(ours, rows, 16) == expected
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 300])
-def test_packed_weight_is_linear(count):
-    torch.manual_seed(0)
-    x, weight, bias = torch.randn(count, 1, 24), torch.randn(40, 24), torch.randn(40)
-    for b in (None, bias):
-        # float32 in another order of summation
-        torch.testing.assert_close(F.linear(x, Packed(weight), b), F.linear(x, weight, b), rtol=0, atol=1e-5)
-
-
-def test_decoding_in_bfloat16_and_compiled(monkeypatch):
+def test_decoding_in_bfloat16_and_compiled():
     """In bfloat16 the weights are cast once; compiled layers (here traced only) give the same tokens."""
     llama, rows = random_llama(head_dim=16), prompts(5, 8)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    assert continuations(Decoder(llama, compiled=True), rows, 12) == continuations(llama, rows, 12)
+    expected = continuations(llama, rows, 12)
+    llama.run_block = torch.compile(llama.run_block, backend="eager", dynamic=True)
+    assert continuations(llama, rows, 12) == expected
     half = models.Llama(llama.config, torch.bfloat16)  # computes in bfloat16, its weights float32
     half.load_state_dict(llama.state_dict())
     (row,) = continuations(half, rows[:1], 12)
@@ -101,7 +92,7 @@ def test_a_step_allocates_no_cache_and_casts_no_weight(monkeypatch):
 
 
 def test_ending_ids(tmp_path):
-    config = models.ModelConfig.from_hf(
+    config = convert.from_hf(
         {"model_type": "llama", "vocab_size": 9, "hidden_size": 4, "intermediate_size": 4,
          "num_hidden_layers": 1, "num_attention_heads": 2, "eos_token_id": [3, 4]}
     )  # fmt: skip
@@ -127,9 +118,9 @@ def converse(monkeypatch, talker, lines, replies, **options):
     KeyboardInterrupt in a reply is the user's Ctrl-C.
     """
     tokens, seen, said = load_tokenizer(talker), [], iter(lines)
-    decoder = Decoder(models.load_model(talker))
+    llama = convert.load_model(talker)
 
-    def fake(decoder, ids, *arguments):
+    def fake(llama, ids, *arguments):
         seen.append(tokens.decode(ids[0], skip_special_tokens=False))
         reply = replies[len(seen) - 1]
         text, interrupted = (reply[0], True) if isinstance(reply, tuple) else (reply, False)
@@ -148,7 +139,7 @@ def converse(monkeypatch, talker, lines, replies, **options):
     monkeypatch.setattr("builtins.input", read)
     for name, value in {"chat": True, **options}.items():
         monkeypatch.setattr(sample, name, value)
-    sample.converse(decoder, tokens, sample.chat_template(talker), ())
+    sample.converse(llama, tokens, sample.chat_template(talker), ())
     return seen
 
 
@@ -165,7 +156,7 @@ def test_chat_keeps_history_and_survives_an_interrupt(monkeypatch, talker, capsy
 
 
 def test_chat_forgets_its_oldest_turns_but_not_its_instructions(monkeypatch, talker):
-    context = models.read_config(talker).max_position_embeddings
+    context = convert.read_config(talker).max_position_embeddings
     long = "x = 1\n" * (context // 8)
     seen = converse(
         monkeypatch, talker, [long, "two"], ["first", "second"], system="S", max_new_tokens=context // 2

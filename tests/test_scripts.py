@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-import model as models
+import convert
 from sample import generate, pick
 
 
@@ -100,7 +100,7 @@ def test_prepare_keeps_every_document_once(corpus, teacher):
     assert meta["vocab_size"] == 4096 and meta["eos_id"] == 0 and meta["bos_ids"] == []
     arrays = read_split(corpus, "tokens")
     assert all(array.dtype == np.uint16 for array in arrays)
-    assert [len(array) for array in arrays[:-1]] == [2000] * (len(arrays) - 1) and len(arrays) > 2
+    assert len(arrays) > 2  # a shard of each work unit
     log = corpus.with_name("corpus.log").read_text()
     for split in found:
         assert f"{len(texts[split]):,} documents, {sum(map(len, found[split])):,} tokens" in log
@@ -127,7 +127,7 @@ def test_prepare_puts_bos_first_and_splits_by_content(work, corpus, teacher):
 
 
 def test_clone_converts_to_a_transformers_model(runs, exported):
-    clone = models.load_clone(runs["clone"] / "step_00000020")
+    clone = convert.load_clone(runs["clone"] / "step_00000020")
     student = transformers_model(exported["float32"])
     assert student.config.hidden_size == 24 and student.config.vocab_size == 4096
     ids = ids_of(2, 40)
@@ -145,13 +145,13 @@ def test_convert_to_bfloat16_rounds_the_weights_once(exported):
         assert weight.dtype == torch.float32 and half[name].dtype == torch.bfloat16
         assert torch.equal(half[name], weight.bfloat16()), name
     assert transformers_model(exported["bfloat16"]).dtype == torch.bfloat16
-    assert models.load_model(exported["bfloat16"]).config == models.load_model(exported["float32"]).config
+    assert convert.load_model(exported["bfloat16"]).config == convert.load_model(exported["float32"]).config
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
 def test_greedy_decoding_is_transformers(which, exported, teacher):
     path = exported["float32"] if which == "student" else teacher
-    ours, theirs = models.load_model(path), transformers_model(path)
+    ours, theirs = convert.load_model(path), transformers_model(path)
 
     def both(prompts, new, stop):
         width = max(map(len, prompts))
@@ -182,7 +182,7 @@ def test_plain_checkpoint_is_a_transformers_directory(runs, teacher):
     assert type(theirs) is LlamaForCausalLM and not theirs.config.tie_word_embeddings
     with torch.no_grad():
         expected = theirs(ids).logits
-        torch.testing.assert_close(models.load_model(path).logits(ids), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(convert.load_model(path).logits(ids), expected, rtol=0, atol=1e-4)
     assert (path / "tokenizer.json").read_bytes() == (teacher / "tokenizer.json").read_bytes()
     assert "def " in runs["plain"].with_name("plain.log").read_text()  # the sample at its end
 
@@ -193,7 +193,7 @@ def resumed(work, teacher, corpus, runs):
     outs = {name: work / f"resumed_{name}" for name in RUNS}
     for name, out in outs.items():
         shutil.copytree(runs[name], out)
-        shutil.rmtree(models.checkpoints(out)[-1])
+        shutil.rmtree(convert.checkpoints(out)[-1])
     calls = [("train.py", *RUNS[name](teacher, corpus, out), "--resume=True") for name, out in outs.items()]
     for result in in_parallel(calls):
         assert result.returncode == 0, result.stderr
@@ -207,8 +207,8 @@ def test_resume_repeats_the_uninterrupted_run(name, runs, resumed):
         return [{k: v for k, v in line.items() if k not in measured} for line in metrics(out_dir)]
 
     assert computed(resumed[name]) == computed(runs[name])
-    names = [path.name for path in models.checkpoints(runs[name])]
-    assert [path.name for path in models.checkpoints(resumed[name])] == names and len(names) == 2
+    names = [path.name for path in convert.checkpoints(runs[name])]
+    assert [path.name for path in convert.checkpoints(resumed[name])] == names and len(names) == 2
     for file in ("model.safetensors", "trainer/shard-00001-model-00001-of-00001.safetensors"):
         straight, again = (load_file(out[name] / names[-1] / file) for out in (runs, resumed))
         assert straight.keys() == again.keys()
@@ -385,7 +385,7 @@ def test_fine_tuning_on_answers(work, exported, chats):
             assert a[name] == pytest.approx(b[name], rel=1e-5 if a["step"] == 1 else 1e-3), (a["step"], name)
     losses = [line["val_lm"] for line in whole if "val_lm" in line]
     assert losses[-1] < 0.9 * losses[0]
-    last = models.checkpoints(work / "sft_8")[-1]
+    last = convert.checkpoints(work / "sft_8")[-1]
     assert transformers_model(last).config.hidden_size == 24
 
 
@@ -411,25 +411,27 @@ def test_a_clone_goes_on_from_a_clone(work, runs, corpus, teacher):
     assert metrics(work / "further")[0]["loss"] < metrics(runs["clone"])[0]["loss"]
 
 
-def test_benchmark(work):
+def test_benchmark():
     """FLOPs by part, then one line of JSON whose numbers follow from each other; no checkpoint."""
     small = ("config/bench_tiny.py", "--global_batch_size=2", "--micro_batch_size=1", "--max_steps=3")
-    done = succeed("train.py", *small, "--compile=False", f"--out_dir={work}/benchmark")
+    done = succeed("tools/bench.py", *small, "--compile=False")
     *table, last = done.stdout.splitlines()
     found = json.loads(last)
-    flops = {line[2:16].strip(): float(line.split()[-4]) for line in table if line.endswith("GFLOP a step")}
-    assert list(flops) == ["teacher", "compose", "student", "clone losses", "head", "all"]
+    flops = {line[2:22].strip(): float(line.split()[-4]) for line in table if line.endswith("GFLOP a step")}
+    assert set(flops) == {
+        "teacher", "compose", "student", "clone losses", "head", "backward of the rest", "all"
+    }  # fmt: skip
     assert flops.pop("all") == pytest.approx(sum(flops.values()), abs=0.3)  # printed to a tenth
     assert found["tokens_per_second"] * found["seconds_per_step"] == pytest.approx(2 * 256, rel=1e-3)
     rate = sum(flops.values()) / found["seconds_per_step"]
     assert found["matmul_fraction"] == pytest.approx(rate / found["matmul_gflops"], rel=0.05)
-    assert 0.2 < found["peak_memory_gib"] < 2 and not models.checkpoints(work / "benchmark")
+    assert 0.2 < found["peak_memory_gib"] < 2
 
 
 def test_compile_without_a_compiler_is_refused(work, monkeypatch):
     monkeypatch.setenv("CXX", "no-compiler")
     calls = (
-        ("train.py", "config/bench_tiny.py", f"--out_dir={work}/none"),
+        ("train.py", "--compile=True", f"--out_dir={work}/none"),
         ("sample.py", f"--model={BUNDLED}", "--compile=True"),
     )
     for call in calls:

@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 if __name__ == "__main__":
     from configurator import configure, read_options
@@ -40,10 +40,10 @@ import time
 import warnings
 from unittest.mock import patch
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from bench import count_flops, random_teacher
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -52,6 +52,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import convert
 import model as models
 import train
 from prepare import RandomTokens
@@ -61,9 +62,9 @@ def config_of(path: str) -> dict:
     """The config.json of a Hugging Face directory, or that of its name in config/teachers/."""
     known = ROOT / "config/teachers" / f"{Path(path).name}.json"
     if not Path(path).is_dir() and known.is_file():
-        return models.read_json(known)
-    models.read_config(path)  # refuses what is not there
-    return models.read_json(Path(path) / "config.json")
+        return convert.read_json(known)
+    convert.read_config(path)  # refuses what is not there
+    return convert.read_json(Path(path) / "config.json")
 
 
 def set_options(options: dict) -> None:
@@ -74,16 +75,7 @@ def set_options(options: dict) -> None:
     shapes = {name: config_of(shape) if isinstance(shape, str) else shape for name, shape in shapes.items()}
     for name, value in (options | shapes | {"init_from": None, "eval_only": False}).items():
         setattr(train, name, value)
-
-
-class Blocks(RandomTokens):
-    """Any blocks, of chats and of documents too: memory does not depend on what is in them."""
-
-    def rows(self, start, count):
-        return np.zeros((count, self.seq_len), np.int64), np.zeros((count, self.seq_len), np.int64)
-
-    def documents(self, start, count):
-        return np.zeros((count, self.seq_len + 1), np.int64)
+    train.load_teacher = random_teacher
 
 
 class FusedRMSNorm(torch.autograd.Function):
@@ -172,10 +164,10 @@ def run_step(model, make_weights, optimizer, where) -> None:
     # a third pass takes no more than the second
     split = patch.object(train, "split_batch", lambda: (size, min(passes, 2)))
     with patch.object(train, "forward", forward), split:
-        blocks = Blocks(model.config.vocab_size, train.seq_len)
+        blocks = RandomTokens(model.config.vocab_size, train.seq_len)
         train.backward_step(model, lambda: Pass(model)(make_weights), blocks, 0, where)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    grad_norm = train.full(torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm or torch.inf))
+    grad_norm = train.unshard(torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm or torch.inf))
     optimizer.found_inf = (~grad_norm.isfinite()).float()
     optimizer.step()
 
@@ -197,6 +189,7 @@ def measure(ranks: int, parallel: str, activation_checkpointing: bool, gpu: bool
     replaced = [
         (train, "WORLD_SIZE", ranks),
         (train, "parallel", parallel),
+        (train, "dtype", str(dtype).removeprefix("torch.")),
         (train, "init_device_mesh", make_mesh),
         # DTensor finds shapes on whole fake tensors: in a mode of their own, the trackers leave them out
         (_sharding_prop, "detect_fake_mode", lambda: None),
@@ -220,7 +213,7 @@ def measure(ranks: int, parallel: str, activation_checkpointing: bool, gpu: bool
             model.run_block = functools.partial(checkpoint, model.run_block, use_reentrant=False)
         if gpu:
             model.chunk_loss = fused_loss
-        make_weights = train.distribute(model, where, dtype) if sharded else model
+        make_weights = train.distribute(model, where) if sharded else model
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, fused=True)
         train.adam_state(model, optimizer)  # as after a first step
@@ -249,19 +242,18 @@ def main() -> None:
     if clone:
         print(f"\nteacher {sum(p.numel() for p in model.teacher.parameters()):15,} parameters, frozen")
     print(f"trained {sum(p.numel() for p in model.parameters() if p.requires_grad):15,}")
-    whole = sum(math.prod(shape) for _, shape in model.config.weight_names().values())
+    whole = sum(math.prod(shape) for _, shape in convert.weight_names(model.config).values())
     print(f"{'student' if clone else 'model':8}{whole:15,}")
 
-    parts = models.flops(model, tokens, train.seq_len)
-    layers = parts["student" if clone else "model"] / 3 + parts.get("teacher", 0.0)
-    again = layers + parts.get("clone losses", 0.0) / 2
-    if clone:
-        parts["compose"] *= gpus  # each makes the weights for itself
-    print(f"\nGFLOP a token, of {tokens:,} tokens a step on {gpus} {'GPUs' if gpu else 'processes'}")
+    with patch.object(train, "WORLD_SIZE", gpus):
+        parts = count_flops()
+    # what runs forward a second time with activation_checkpointing: the layers, and their clone losses
+    again = sum(parts.get(name, 0.0) for name in ("teacher", "student", "clone losses"))
     total = sum(parts.values())
+    print(f"\nGFLOP a token, of {tokens:,} tokens a step on {gpus} {'GPUs' if gpu else 'processes'}")
     for name, value in (parts | {"all": total, "layers again": again}).items():
         note = "  (besides, with activation_checkpointing)" if name == "layers again" else ""
-        print(f"  {name:14}{value / tokens / 1e9:8.2f}{note}")
+        print(f"  {name:20}{value / tokens / 1e9:8.2f}{note}")
 
     batch = f"{passes} x {size} blocks of {train.seq_len} tokens"
     print(f"\none of them, with {batch} a step (fits: with {reserve_gib:g} GiB of reserve)")

@@ -1,7 +1,7 @@
 """Throughput and memory of prepare.py against a bare encode_batch loop over the same documents in memory.
 
-    python tests/bench_prepare.py --tokenizer=models/Llama-3.2-3B-Instruct --megabytes=100
-    python tests/bench_prepare.py --tokenizer=… --megabytes=1000 --repeats=1 --formats=jsonl   # memory
+    python tools/bench_prepare.py --tokenizer=models/Llama-3.2-3B-Instruct --megabytes=100
+    python tools/bench_prepare.py --tokenizer=… --megabytes=1000 --repeats=1 --formats=jsonl   # memory
 
 The documents are the standard library source files, again and again. Prints for each format: MB/s of both,
 their ratio, and the most memory of prepare.py with its workers (RSS summed; PSS counts shared pages once).

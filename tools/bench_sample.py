@@ -1,7 +1,7 @@
 """Decoding speed: sample.py's generate against transformers' on the same model, greedy, float32.
 
-    python tests/bench_sample.py                                       # the bundled 5M teacher
-    python tests/bench_sample.py models/SmolLM2-135M-Instruct --compile
+    python tools/bench_sample.py                                       # the bundled 5M teacher
+    python tools/bench_sample.py models/SmolLM2-135M-Instruct --compile
 
 Rounds of the two alternate and the fastest of each counts, so that a busy machine slows both alike.
 """
@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import model as models
-from sample import Decoder, generate
+import convert
+from sample import generate
 
 
 def main() -> None:
@@ -28,7 +28,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    ours = Decoder(models.load_model(options.model), options.compile)
+    ours = convert.load_model(options.model)
+    if options.compile:
+        ours.run_block = torch.compile(ours.run_block, dynamic=True)
     theirs = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     theirs.generation_config.eos_token_id = None  # every row runs to its end
     print(f"{options.model}, torch {torch.__version__}, {torch.get_num_threads()} threads")

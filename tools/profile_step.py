@@ -1,7 +1,7 @@
 """Where the time of a training step goes on this CPU: by part, by kind of operation, and what is slowest.
 
-    python tests/profile_step.py config/bench_smollm2.py
-    python tests/profile_step.py config/bench_tiny.py
+    python tools/profile_step.py config/bench_smollm2.py
+    python tools/profile_step.py config/bench_tiny.py
 
 Not a part of the test run, and without torch.compile, whose operators are not told apart. After three steps
 to warm up it times the parts of one, then every operator of another, torch.mm's rate measured right before
@@ -16,15 +16,17 @@ from pathlib import Path
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 os.chdir(ROOT)
 
 import torch
+from bench import count_flops, matmul_rate, random_teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as models
 import train
 from configurator import configure
+from prepare import RandomTokens
 
 PRODUCTS = ("mm", "addmm_")
 
@@ -58,7 +60,7 @@ def products(shapes: list[tuple]) -> float:
     return 2 * rows * inner * columns
 
 
-def by_part(step, model, tokens: int) -> None:
+def by_part(step, model) -> None:
     """Seconds of each part of a step, and the fraction of torch.mm's rate at which its arithmetic is done."""
     seconds, block = defaultdict(float), models.block
 
@@ -74,18 +76,18 @@ def by_part(step, model, tokens: int) -> None:
     def teacher_or_student(*arguments):
         return timed("student" if torch.is_grad_enabled() else "teacher", block)(*arguments)
 
-    flops = {name: value / 1e9 for name, value in models.flops(model, tokens, train.seq_len).items()}
+    flops = {name: value / 1e9 for name, value in count_flops().items()}
     work = {
-        "compose": flops["compose"] / 2, "teacher": flops["teacher"], "student": flops["student"] / 3,
+        "compose": flops["compose"] / 2, "teacher": flops["teacher"], "student": flops["student"],
         "clone losses": flops["clone losses"], "head": flops["head"],  # with their gradients, formed there
-        "backward": flops["student"] * 2 / 3 + flops["compose"] / 2, "clip and AdamW": 0.0,
+        "backward": flops["backward of the rest"] + flops["compose"] / 2, "clip and AdamW": 0.0,
     }  # fmt: skip
-    rate = train.matmul_rate(torch.device("cpu"), torch.float32)
+    rate = matmul_rate(torch.device("cpu"), torch.float32)
     with patch.multiple(models, block=teacher_or_student, head_loss=timed("head", models.head_loss)):
         layers, model.run_block = model.run_block, timed("layers", models.clone_block)
         total = step(timed)
         model.run_block = layers
-    rate = (rate + train.matmul_rate(torch.device("cpu"), torch.float32)) / 2
+    rate = (rate + matmul_rate(torch.device("cpu"), torch.float32)) / 2
     seconds["clone losses"] = seconds.pop("layers") - seconds["teacher"] - seconds["student"]
     print(f"step {total:.3f} s; torch.mm {rate:.0f} GFLOP/s")
     for name, value in work.items():
@@ -94,11 +96,11 @@ def by_part(step, model, tokens: int) -> None:
 
 
 def main() -> None:
-    vars(train).update(configure({"__file__": str(ROOT / "train.py")}))
+    vars(train).update(configure({"__file__": str(ROOT / "train.py")}), load_teacher=random_teacher)
     if not isinstance(train.teacher, dict):
         raise SystemExit("error: teacher is no shape; give a config that has one, as config/bench_tiny.py")
-    device, blocks = torch.device("cpu"), train.RandomTokens(train.teacher["vocab_size"], train.seq_len)
-    model = train.build_model(torch.float32).init_weights(train.seed)
+    device, blocks = torch.device("cpu"), RandomTokens(train.teacher["vocab_size"], train.seq_len)
+    model = models.init_clone(train.build_model(torch.float32), train.seed, "random")
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, train.learning_rate, fused=True)
     count = train.global_batch_size
@@ -119,12 +121,12 @@ def main() -> None:
 
     for _ in range(3):
         step()
-    by_part(step, model, count * train.seq_len)
-    rate, timer, start = train.matmul_rate(device, torch.float32), Timer(), time.perf_counter()
+    by_part(step, model)
+    rate, timer, start = matmul_rate(device, torch.float32), Timer(), time.perf_counter()
     with timer:
         step()
     total = time.perf_counter() - start
-    rate = (rate + train.matmul_rate(device, torch.float32)) / 2
+    rate = (rate + matmul_rate(device, torch.float32)) / 2
     kinds = defaultdict(float)
     for (name, _), (_, seconds) in timer.found.items():
         kinds[kind_of(name)] += seconds

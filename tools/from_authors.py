@@ -1,0 +1,123 @@
+"""Reads a checkpoint of the method's authors' code (safetensors with zoom_* names), and writes one of ours.
+
+    python tools/from_authors.py --checkpoint=lrc/checkpoint-20000 --teacher=models/Llama-3.2-3B-Instruct \\
+        --out=out/from_authors
+
+convert.py, sample.py and train.py --init_from then take it as any other. What the reference converts wrongly
+(eps, rope, head_dim) comes from the teacher's config.json here.
+"""
+
+checkpoint: str | None = None  # directory of the authors' checkpoint, or its file of weights
+teacher: str | None = None  # Hugging Face directory of its teacher
+out = "out/from_authors"  # directory to write; must not exist
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+if __name__ == "__main__":
+    from configurator import configure
+
+    configure(globals())
+
+import torch
+
+from convert import (
+    load_model,
+    read_config,
+    read_json,
+    read_tensors,
+    save_clone,
+    tensor_slices,
+    weight_files,
+    weight_names,
+)
+from model import LowRankClone, StudentConfig
+
+# Our name of each trained tensor -> its name in the authors' checkpoints, layers under "model.layers.{i}.".
+REFERENCE_NAMES = {
+    "embedding_projection": "model.zoom",
+    "head_projection": "zoom_down",
+    "norm": "model.target_norm",
+    "input_norm": "target_input_layernorm",
+    "post_norm": "target_post_attention_layernorm",
+    "projections.q": "self_attn.zoom_q",
+    "projections.k": "self_attn.zoom_k",
+    "projections.v": "self_attn.zoom_v",
+    "projections.qkv": "self_attn.zoom_up",
+    "projections.o": "self_attn.zoom_down",
+    "projections.gate": "mlp.zoom_gate",
+    "projections.up": "mlp.zoom_up",
+    "projections.gate_up": "mlp.zoom_up",
+    "projections.down": "mlp.zoom_down",
+}
+
+
+def reference_files(path: Path) -> list[Path]:
+    """The weight files of a checkpoint of the authors' code, none where `path` is something else."""
+    files = [path] if path.is_file() else []
+    if any((path / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
+        files = weight_files(path)
+    found = "model.zoom.weight" in tensor_slices(files)
+    if path.is_file() and not found:
+        raise ValueError(f"{path} has no tensor model.zoom.weight: not a checkpoint of the authors' code")
+    return files if found else []
+
+
+def load_reference(files: list[Path], teacher: str) -> LowRankClone:
+    """A clone from the authors' checkpoint: sizes, sharing and tying as its tensors say."""
+    found, config = tensor_slices(files), read_config(teacher)
+    (d_s, d_t), settings = found["model.zoom.weight"][1], files[0].with_name("config.json")
+    if d_t != config.hidden_size:
+        raise ValueError(f"{files[0]} has a teacher of hidden size {d_t}; {teacher} has {config.hidden_size}")
+    settings = read_json(settings) if settings.is_file() else {}
+    frozen = load_model(teacher)
+    with torch.device("meta"):
+        student = StudentConfig(
+            student_hidden_size=d_s,
+            share_qkv="model.layers.0.self_attn.zoom_q.weight" not in found,
+            share_gate_up="model.layers.0.mlp.zoom_gate.weight" not in found,
+            tie_head_projection="zoom_down.weight" not in found,
+            student_rms_norm_eps=settings.get("target_rms_norm_eps", 1e-5),
+        )
+        clone = LowRankClone(frozen, student)
+    trained, names, shapes = clone.trained(), {}, {}
+    for ours, parameter in trained.items():
+        _, i, name = ours.split(".", 2) if ours.startswith("layers.") else ("", "", ours)
+        names[ours] = f"model.layers.{i}." * bool(i) + f"{REFERENCE_NAMES[name]}.weight"
+        # projections are stored as they multiply, many as P^T; d_S < d_T tells which
+        shape = tuple(parameter.shape)
+        shapes[names[ours]] = shape if found.get(names[ours], (None, shape))[1] == shape else shape[::-1]
+    # zoom_out only serves a loss; a checkpoint of everything also holds the teacher
+    ignored = ("zoom_out.weight", "lm_head.weight", *weight_names(config))
+    tensors = read_tensors(files, shapes, ignored, torch.float32)
+    state = {f"teacher.{name}": weight for name, weight in frozen.state_dict().items()}
+    for ours, theirs in names.items():
+        as_is = tensors[theirs].shape == trained[ours].shape
+        state[ours] = tensors[theirs] if as_is else tensors[theirs].T.contiguous()
+    clone.load_state_dict(state, assign=True)
+    return clone
+
+
+def main() -> None:
+    for name in ("checkpoint", "teacher"):
+        if globals()[name] is None:
+            raise ValueError(f"{name} is None; give its directory with --{name}=DIR")
+    if Path(out).exists():
+        raise ValueError(f"{out} exists; remove it or choose another --out")
+    files = reference_files(Path(checkpoint))
+    if not files:
+        raise ValueError(
+            f"{checkpoint} has no tensor model.zoom.weight: not a checkpoint of the authors' code"
+        )
+    save_clone(load_reference(files, teacher), Path(out), teacher, teacher)
+    print(f"{out}: a clone's checkpoint; next: python convert.py --checkpoint={out} --out=student")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
