@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -84,13 +85,11 @@ def classes_of(command: str) -> list[str]:
 def fresh(tmp_path_factory):
     """What a user who clones the repository gets."""
     out = tmp_path_factory.mktemp("fresh") / "repository"
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:  # itself such a copy, without git; what runs have made is left out
-        made = shutil.ignore_patterns(
-            "out", "models", "student", "corpus*", "venv", "__pycache__", ".*_cache"
-        )
-        shutil.copytree(ROOT, out, ignore=made)
-        return out
+    if not (ROOT / ".git").exists():  # itself a copy, in which runs may have made files
+        made = ("out", "models", "raw", "student", "corpus*", "venv", "__pycache__", ".*_cache")
+        return Path(shutil.copytree(ROOT, out, ignore=shutil.ignore_patterns(*made)))
+    command = ["git", "ls-files", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     for name in filter(None, listed.stdout.split("\0")):
         if (ROOT / name).is_file():  # one that is deleted and not yet committed is still listed
             (out / name).parent.mkdir(parents=True, exist_ok=True)
