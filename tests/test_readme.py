@@ -47,7 +47,6 @@ NOT_RUN = {
     "python prepare.py --tokenizer=models/SmolLM2-135M-Instruct": TEACHER,
     "python train.py config/smollm2_135m.py": TEACHER,
     "python sample.py --model=out/smollm2_135m --prompt=": TEACHER,
-    "pip install pyarrow jinja2": INSTALL,
     "hf download meta-llama/Llama-3.2-3B-Instruct": DOWNLOAD,
     "hf download HuggingFaceFW/fineweb-edu": DOWNLOAD,
     "hf download teknium/OpenHermes-2.5": DOWNLOAD,
