@@ -135,7 +135,7 @@ def test_lines_are_short():
 def test_the_files_that_pages_name_are_there():
     for page in ("README.md", "config/study/README.md", "tools/README.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
-        for name in re.findall(r"(?:config|tools|tests)/[\w/]+\.(?:py|sh|md|png)", text):
+        for name in re.findall(r"(?:config|tools|tests)/[a-z0-9_/]+\.(?:py|sh|md|png)", text):
             assert (ROOT / name).is_file(), f"{page} names {name}"
         for name in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
             assert ((ROOT / page).parent / name).exists(), f"{page} links to {name}"
