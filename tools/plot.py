@@ -3,12 +3,14 @@
     python tools/plot.py out/quickstart
     python tools/plot.py out/study/ours_1 out/study/paper_1 --out=curves.png
 
-Reads their metrics.jsonl; needs matplotlib.
+Reads their metrics.jsonl; needs matplotlib. A run of tools/study.py is labelled with its variant's name.
 """
 
 import json
 import sys
 from pathlib import Path
+
+VARIANTS = Path(__file__).resolve().parents[1] / "config/study"
 
 
 def read_metrics(directory: str) -> list[dict]:
@@ -16,6 +18,19 @@ def read_metrics(directory: str) -> list[dict]:
         return [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
     except OSError as error:
         raise SystemExit(f"error: {directory} is no run's out_dir: {error}") from None
+
+
+def label_of(directory: str) -> str:
+    """The variant of a run of tools/study.py, whose directory is VARIANT_SEED; else the directory's name."""
+    name = Path(directory).resolve().name
+    variant = name.rpartition("_")[0]
+    return variant if variant and (VARIANTS / f"{variant}.py").is_file() else name
+
+
+def labels_of(directories: list[str]) -> list[str]:
+    """A label for each run; where two would have the same, the directories themselves."""
+    labels = [label_of(directory) for directory in directories]
+    return labels if len(set(labels)) == len(labels) else directories
 
 
 def draw(runs: dict[str, list[dict]], out: str) -> None:
@@ -65,5 +80,7 @@ if __name__ == "__main__":
     if not directories or len(directories) + len(files) != len(sys.argv) - 1:
         print(__doc__)
         raise SystemExit(2)
-    draw({directory: read_metrics(directory) for directory in directories}, (files or ["curves.png"])[-1])
-    print(f"wrote {(files or ['curves.png'])[-1]}")
+    out = files[-1] if files else "curves.png"
+    runs = [read_metrics(directory) for directory in directories]
+    draw(dict(zip(labels_of(directories), runs, strict=True)), out)
+    print(f"wrote {out}")

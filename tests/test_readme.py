@@ -1,0 +1,141 @@
+"""The README's commands, run in a fresh copy of the repository, in the README's order.
+
+Every command is classed here by its beginning, in RUN or in NOT_RUN: a new one fails the test until it is.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+QUICK = ("--max_steps=2", "--eval_blocks=4")
+DOWNLOAD = "needs a download"
+INSTALL = "needs the network"
+GPUS = "needs GPUs"
+TEACHER = "needs a teacher that is downloaded"
+
+# {beginning of a command: options that make it short}
+RUN = {
+    "pip install -r requirements.txt && python train.py": QUICK,
+    "python prepare.py --inspect=data/quickstart/corpus": (),
+    # The shape of its config is the README's; a small teacher takes seconds in place of half a minute.
+    "python tools/plan.py config/lrc_1_5b.py --gpus=8": (
+        "--teacher=data/quickstart/teacher", "--student_hidden_size=96", "--seq_len=64",
+    ),
+    "python tools/check.py": ("--device=cpu", "--only=('reference',)"),
+    "torchrun --nproc_per_node=2 train.py --out_dir=out/two": QUICK,
+    "python convert.py --checkpoint=out/quickstart": (),
+    "python sample.py --model=student --prompt=": ("--max_new_tokens=8",),
+    "python train.py --init_from=student --eval_only=True": ("--eval_blocks=4",),
+    "python train.py --help": (),
+    "python train.py --max_steps=20 --clone_skip=": QUICK,
+}  # fmt: skip
+
+# {beginning of a command: why it is not run}
+NOT_RUN = {
+    "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest": "it is this test run",
+    "pip install torch==2.13.0": INSTALL,
+    "pip install huggingface_hub": INSTALL,
+    "hf download HuggingFaceTB/SmolLM2-135M-Instruct": DOWNLOAD,
+    "python prepare.py --tokenizer=models/SmolLM2-135M-Instruct": TEACHER,
+    "python train.py config/smollm2_135m.py": TEACHER,
+    "python sample.py --model=out/smollm2_135m --prompt=": TEACHER,
+    "hf download meta-llama/Llama-3.2-3B-Instruct": DOWNLOAD,
+    "hf download HuggingFaceFW/fineweb-edu": DOWNLOAD,
+    "hf download teknium/OpenHermes-2.5": DOWNLOAD,
+    "python prepare.py --input='raw/fineweb_edu/**/*.parquet'": "needs data that are downloaded",
+    "python prepare.py --input='raw/openhermes/**/*.parquet'": "needs data that are downloaded",
+    "python train.py config/lrc_1_5b.py --micro_batch_size=1": GPUS,
+    "torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py config/lrc_1_5b.py": GPUS,
+    "torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py config/lrc_4b.py": GPUS,
+    "sbatch config/slurm.sh": "needs Slurm",
+    "python sample.py --model=out/smollm2_135m --chat=True": TEACHER,
+    "python convert.py --checkpoint=out/lrc_1_5b": "needs a run on GPUs",
+    "hf download HuggingFaceH4/ultrachat_200k": DOWNLOAD,
+    "python prepare.py --input='raw/ultrachat/data/train_sft-*.parquet'": "needs data that are downloaded",
+    "torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py config/sft_1_5b.py": GPUS,
+    'pip install "lm-eval[hf]"': INSTALL,
+    "lm_eval --model hf": "needs a run on GPUs, and downloads its tasks; tests/test_lm_eval.py runs it",
+    "python -m pytest tests/test_model.py": "it is a part of this test run",
+    "python tools/from_authors.py": "needs a checkpoint of the authors' code",
+}
+
+
+def readme_commands() -> list[str]:
+    """The indented lines of the README, each with the lines that a backslash joins to it."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)  # the figure and the citation
+    lines = re.sub(r" *\\\n +", " ", text).splitlines()
+    return [line.strip() for line in lines if line.startswith("    ")]
+
+
+def classes_of(command: str) -> list[str]:
+    return [start for start in (*RUN, *NOT_RUN) if command.startswith(start)]
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """What a user who clones the repository gets."""
+    out = tmp_path_factory.mktemp("fresh") / "repository"
+    if not (ROOT / ".git").exists():  # itself a copy, in which runs may have made files
+        made = ("out", "models", "raw", "student", "corpus*", "venv", "__pycache__", ".*_cache")
+        return Path(shutil.copytree(ROOT, out, ignore=shutil.ignore_patterns(*made)))
+    command = ["git", "ls-files", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():  # one that is deleted and not yet committed is still listed
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, out / name)
+    return out
+
+
+def arguments_of(command: str) -> list[str]:
+    """A command of RUN as a list for subprocess, by this Python; of `pip install … && X` only X."""
+    program, *arguments = shlex.split(command.rpartition("&& ")[2], comments=True)
+    module = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[program]
+    return [sys.executable, *module, *arguments, *RUN[classes_of(command)[0]]]
+
+
+def test_every_command_is_classed():
+    found = readme_commands()
+    for command in found:
+        assert len(classes_of(command)) == 1, f"class this in RUN or NOT_RUN: {command}"
+    used = {classes_of(command)[0] for command in found}
+    assert {*RUN, *NOT_RUN} == used, "a class whose command is no longer in the README"
+    assert len(found) == len(used), "two commands of one class"
+
+
+def test_commands_run(fresh):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for command in readme_commands():
+        if classes_of(command)[0] in NOT_RUN:
+            continue
+        begun = time.perf_counter()
+        done = subprocess.run(
+            arguments_of(command), cwd=fresh, env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        print(f"{time.perf_counter() - begun:5.1f} s  {command}")  # shown by pytest -s
+    assert (fresh / "student/model.safetensors").is_file()
+
+
+def test_lines_are_short():
+    for page in ("README.md", "config/study/README.md", "tools/README.md"):
+        for number, line in enumerate((ROOT / page).read_text(encoding="utf-8").splitlines(), 1):
+            assert len(line) <= 110, f"{page}:{number} has {len(line)} characters"
+
+
+def test_the_files_that_pages_name_are_there():
+    for page in ("README.md", "config/study/README.md", "tools/README.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for name in re.findall(r"(?:config|tools|tests)/[a-z0-9_/]+\.(?:py|sh|md|png)", text):
+            assert (ROOT / name).is_file(), f"{page} names {name}"
+        for name in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+            assert ((ROOT / page).parent / name).exists(), f"{page} links to {name}"
