@@ -472,7 +472,9 @@ def main() -> None:
         raise ValueError(f"max_shard_gb is {max_shard_gb}; it must be above 0")
     source = resolve(checkpoint)
     if "model.zoom.weight" in tensor_slices(weight_files(source)):
-        raise ValueError(f"{source} is of the authors' code; make a checkpoint of it by tools/from_authors.py")
+        raise ValueError(
+            f"{source} is of the authors' code; make a checkpoint of it by tools/from_authors.py"
+        )
     tokenizer = tokenizer_directory(source, teacher)
     original = load_checkpoint(source, teacher)
     ids = torch.randint(original.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))

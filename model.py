@@ -11,8 +11,8 @@ narrower residual stream, d_S < d_T. With y = x W^T and projections P [d_T, d_S]
 weight reads the stream (q, k, v, gate, up, embedding, head) and P^T W where it writes to it (o, down).
 
 In reading order: the shape of a model, one layer (`block`), a plain model, the loss of a chunk of tokens, the
-clone losses, the clone, how it starts. Shapes: B batch, T tokens, D hidden_size, H heads, G key/value heads, F
-intermediate_size, V vocabulary.
+clone losses, the clone, how it starts. Shapes: B batch, T tokens, D hidden_size, H heads, G key/value heads,
+F intermediate_size, V vocabulary.
 """
 
 import dataclasses
@@ -80,9 +80,9 @@ def block(x: Tensor, w: dict[str, Tensor], config: ModelConfig, rope, mask=None,
     teacher, the composed student, the merged student and cached decoding.
 
     w: the layer's weights by the names of layer_shapes. rope: rope_table's. mask: see attention.
-    cache: (keys [B, G, L, head_dim], values, start); this call writes positions start .. start + T and attends
-    to all before. activations: q, k, v, gate, up before RoPE and nonlinearity; attn_out and mlp_out as added to
-    the stream; attended [B, T, H·head_dim], which o reads; attn_in and mlp_in, the normed inputs.
+    cache: (keys [B, G, L, head_dim], values, start); this call writes positions start .. start + T and
+    attends to all before. activations: q, k, v, gate, up before RoPE and nonlinearity; attn_out and mlp_out
+    as added to the stream; attended [B, T, H·head_dim], which o reads; attn_in and mlp_in, the normed inputs.
     """
     a = {"attn_in": rms_norm(x, w["input_norm"], config.rms_norm_eps)}
     for name in ("q", "k", "v"):
@@ -187,8 +187,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
 class GatedLinear(torch.autograd.Function):
     """(silu(gate) · up) W^T of gate, up [B, T, F] and W [D, F]; keeps only these for backward.
 
-    Autograd would keep silu(gate) and the product too, [B, T, F] each in every layer. tools/README.md has what
-    this saves.
+    Autograd would keep silu(gate) and the product too, [B, T, F] each in every layer. tools/README.md says
+    what that and MeanSquaredError save.
     """
 
     @staticmethod
@@ -229,13 +229,13 @@ class Layer(nn.Module):
         return {name: weight.to(dtype) for name, weight in self.named_parameters()}
 
     def forward(self, function, dtype: torch.dtype, *arguments):
-        """function(this layer's weights, *arguments): FSDP has them gathered for as long as the call lasts."""
+        """function(this layer's weights, *arguments); FSDP has them gathered while the call lasts."""
         return function(self.weights(dtype), *arguments)
 
 
 def walk(weights: dict, ids: Tensor, config: ModelConfig, rope=None, mask=None, caches=None, layer=block):
-    """The one walk over a plain model: yields (x [B, T, D], activations) of the embedding, which has none, and
-    of every layer. ids [B, T]; caches: one (keys, values, start) a layer; layer: `block`, or it compiled."""
+    """The one walk over a plain model: yields (x [B, T, D], activations) of the embedding, which has none,
+    and of every layer. ids [B, T]; caches: one (keys, values, start) a layer; layer: block, maybe compiled."""
     if rope is None:
         rope = rope_table(config, torch.arange(ids.shape[1], device=ids.device))
     x = F.embedding(ids, weights["embedding"])
@@ -286,8 +286,8 @@ class Llama(nn.Module):
         return (self.embedding if self.head is None else self.head).to(self.dtype)
 
     def forward(self) -> dict:
-        """The weights to compute with: {"layers": [{name: weight}], "embedding", "norm", and "head" where it is
-        not the embedding}. A model's forward, since DDP and FSDP synchronise what is made in it."""
+        """The weights to compute with: {"layers": [{name: weight}], "embedding", "norm", and "head" where it
+        is not the embedding}. A model's forward, since DDP and FSDP synchronise what is made in it."""
         weights = {"layers": [layer(dict, self.dtype) for layer in self.layers]}
         weights |= {"embedding": self.embedding.to(self.dtype), "norm": self.norm.to(self.dtype)}
         if self.head is not None:
@@ -299,7 +299,9 @@ class Llama(nn.Module):
         weights = self()
         return (hidden_states(weights, ids, self.config, **options) @ head_of(weights).T).float()
 
-    def loss(self, ids, labels, weights=None, num_labels=None, share=1.0, documents=None) -> dict[str, Tensor]:
+    def loss(
+        self, ids, labels, weights=None, num_labels=None, share=1.0, documents=None
+    ) -> dict[str, Tensor]:
         """The next-token loss of ids [B, T] against labels [B, T], already shifted (-100: no label).
 
         weights: forward()'s result, where several batches share it, or that held. num_labels, share: see
@@ -383,7 +385,7 @@ def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """lm_scale · Σ lm + kl_scale · T² · Σ kl of chunk_loss, the logits of one chunk of tokens alive at a time.
+    """lm_scale · Σ lm + kl_scale · T² · Σ kl of chunk_loss, the logits of one chunk of tokens at a time.
 
     hidden [N, D], head [V, D], labels [N] (-100: no label), teacher_hidden [N, D_T] and teacher_head [V, D_T]
     or None. The gradients of hidden and head are formed in the forward pass, chunk by chunk, so that backward
@@ -435,7 +437,9 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale, *_):
         hidden_grad, head_grad = ctx.grads
-        assert hidden_grad is not None or head_grad is not None, "backward runs once: it gives its buffers away"
+        assert not (hidden_grad is None and head_grad is None), (
+            "backward runs once: it gives its buffers away"
+        )
         ctx.grads = None, None
         scaled = (None if grad is None else grad.mul_(scale) for grad in (hidden_grad, head_grad))
         return *scaled, None, None, None, None, None, None
@@ -557,9 +561,9 @@ class StudentConfig:
 class LossConfig:
     """How a clone is trained: lm_weight · CE + kl_weight · T² · KL + clone_weight · Σ clone losses.
 
-    clone_attn_out, clone_mlp_out: compare in the "student"'s space (paper) or the "teacher"'s (attn_out in the
-    authors' code). clone_scale: "teacher" divides each term by the mean square of the teacher's activation, so
-    that no layer drowns the others. clone_skip: terms to leave out, by name.
+    clone_attn_out, clone_mlp_out: compare in the "student"'s space (paper) or the "teacher"'s (attn_out in
+    the authors' code). clone_scale: "teacher" divides each term by the mean square of the teacher's
+    activation, so that no layer drowns the others. clone_skip: terms to leave out, by name.
     """
 
     lm_weight: float
@@ -645,7 +649,7 @@ class CloneLayer(nn.Module):
     def __init__(self, d_t: int, config: StudentConfig, losses: LossConfig | None):
         super().__init__()
         d_s = config.student_hidden_size
-        self.parameter_of = {name: name for name in (*READS, *WRITES)}  # of each weight: its projection's name
+        self.parameter_of = {name: name for name in (*READS, *WRITES)}  # the projection of each weight
         if config.share_qkv:
             self.parameter_of |= dict.fromkeys(("q", "k", "v"), "qkv")
         if config.share_gate_up:
@@ -670,8 +674,8 @@ class CloneLayer(nn.Module):
         return self.projections[self.parameter_of[name]]
 
     def compose(self, teacher: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """What the student has of its own in this layer, from the teacher's weights; and, under "P_" and their
-        names, the projections that clone losses read."""
+        """What the student has of its own in this layer, from the teacher's weights; and, under "P_" and
+        their names, the projections that clone losses read."""
         p = {name: self.projection(name).to(dtype) for name in self.parameter_of}
         weights = {name: teacher[name] @ p[name] for name in READS}
         weights |= {name: p[name].T @ teacher[name] for name in WRITES}
@@ -787,9 +791,9 @@ class LowRankClone(nn.Module):
         for i, (layer, weights) in enumerate(zip(teacher.layers, student["layers"], strict=True)):
             compared = losses.clone_weight and i not in losses.clone_skip_layers
             compare = (self.student_config, losses) if compared else None
-            x_t, x_s, terms = layer(
-                self.run_block, teacher.dtype, weights, x_t, x_s, teacher.config, self.config, rope, mask, compare
-            )
+            configs = (teacher.config, self.config)
+            arguments = (weights, x_t, x_s, *configs, rope, mask, compare)
+            x_t, x_s, terms = layer(self.run_block, teacher.dtype, *arguments)
             yield x_t, x_s, terms
 
     def loss(
@@ -892,7 +896,9 @@ def check_student(teacher: ModelConfig, student: StudentConfig) -> None:
     if teacher.model_type == "llama" and d_s % heads:
         low = d_s // heads * heads
         near = " or ".join(str(size) for size in (low, low + heads) if 0 < size < d_t)
-        raise ValueError(f"student_hidden_size is {d_s}; a llama needs a multiple of its {heads} heads: {near}")
+        raise ValueError(
+            f"student_hidden_size is {d_s}; a llama needs a multiple of its {heads} heads: {near}"
+        )
 
 
 # ---- how a clone starts
@@ -949,7 +955,7 @@ def init_from_basis(clone: LowRankClone, basis: Tensor, covariance: Tensor, bala
     scale = ((basis * (covariance @ basis)).sum() * d_t / d_s).sqrt()
 
     def absorb(norm: nn.Parameter, projections: list[nn.Parameter], teacher_norm: Tensor) -> None:
-        """The teacher's norm weight goes into the projections that read behind it, as far as a basis allows."""
+        """The teacher's norm weight goes into what reads behind it, as far as a basis allows."""
         norm.data.fill_(rms(teacher_norm) * scale)
         for projection in projections:
             projection.data.copy_(teacher_norm.double()[:, None] / rms(teacher_norm) * read)

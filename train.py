@@ -12,8 +12,8 @@
     python train.py config/X.py --resume=True     # goes on from the last checkpoint in out_dir
     python train.py config/X.py --init_from=out/X --eval_only=True            # held-out loss of a model
 
-The options come first, then what differs between one process and many, then the pieces of a step, then `main`:
-what can be refused, device, model, data, optimizer, the loop. tools/bench.py measures the step.
+The options come first, then what differs between one process and many, then the pieces of a step, then
+`main`: what can be refused, device, model, data, optimizer, the loop. tools/bench.py measures the step.
 """
 
 from typing import Literal
@@ -68,7 +68,7 @@ log_every = 10  # steps between lines of metrics.jsonl
 eval_every = 500  # steps between evaluations on held-out blocks, besides the one at the end; 0: none at all
 eval_blocks = 128  # held-out blocks of an evaluation
 eval_only = False  # evaluate the model of init_from, and the teacher where there is one, and end
-sample_prompt: str | None = None  # model and teacher continue it at the end; None: the quickstart's, else none
+sample_prompt: str | None = None  # continued at the end; None: the quickstart's own, and none elsewhere
 wandb = False  # log to Weights & Biases too, where installed; what goes wrong there never stops the run
 wandb_project = "low-rank-clone"  # there
 run_name: str | None = None  # there; None: out_dir
@@ -109,12 +109,7 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint import load as load_distributed
 from torch.distributed.checkpoint import save as save_distributed
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
@@ -198,7 +193,7 @@ def barrier() -> None:
 
 
 def from_rank_0(tensors: list[torch.Tensor]) -> None:
-    """Writes rank 0's values into those of the others: two machines may compute other signs of eigenvectors."""
+    """Writes rank 0's values into those of the others: two machines may differ in an eigenvector's sign."""
     if WORLD_SIZE > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), 0)
@@ -393,11 +388,13 @@ def learning_rate_at(step: int, steps: int) -> float:
 
 
 def split_batch() -> tuple[int, int]:
-    """(blocks of a forward pass on each process, forward passes of a step): the largest passes that have equal
-    size and at most micro_batch_size blocks."""
+    """(blocks of a forward pass on each process, forward passes of a step): the largest passes that have
+    equal size and at most micro_batch_size blocks."""
     share, rest = divmod(global_batch_size, WORLD_SIZE)
     if rest or not share:
-        raise ValueError(f"global_batch_size is {global_batch_size}; it must divide by {WORLD_SIZE} processes")
+        raise ValueError(
+            f"global_batch_size is {global_batch_size}; it must divide by {WORLD_SIZE} processes"
+        )
     size = max(n for n in range(1, min(micro_batch_size, share) + 1) if share % n == 0)
     return size, share // size
 
@@ -469,7 +466,7 @@ def add(sums: dict, values: dict, weight: int = 1) -> None:
 
 
 def averages(sums: dict[str, torch.Tensor], steps: int) -> dict[str, float | dict]:
-    """What `forward` returned, summed over steps, as means over all ranks; a source without a token has none."""
+    """What `forward` returned, summed over steps, as means over all ranks; no tokens of a source: no mean."""
     flat = over_ranks(torch.cat([value.flatten() for value in sums.values()]))
     parts = flat.split([value.numel() for value in sums.values()])
     totals = dict(zip(sums, (part.tolist() for part in parts), strict=True))
@@ -574,7 +571,9 @@ def adam_state(model, optimizer) -> dict[str, torch.Tensor]:
     return state
 
 
-def save_checkpoint(model, optimizer, step: int, tokenizer_dir: str | None, teacher_print: str | None) -> Path:
+def save_checkpoint(
+    model, optimizer, step: int, tokenizer_dir: str | None, teacher_print: str | None
+) -> Path:
     """out_dir/step_00001000, renamed from another name when whole; OSError on every rank where one fails."""
     path = Path(out_dir) / f"step_{step:08d}"
     partial = path.with_name(path.name + ".partial")
@@ -732,7 +731,8 @@ def print_end(saved: Path | None, tokenizer_dir: str | None, values: dict) -> No
     if prompt and tokenizer_dir and saved:
         print_samples(saved, tokenizer_dir, prompt)
     if "val_lm" in values:
-        line = f"\nheld-out loss, nats a token: {'model' if teacher is None else 'student'} {values['val_lm']:.4f}"
+        role = "model" if teacher is None else "student"
+        line = f"\nheld-out loss, nats a token: {role} {values['val_lm']:.4f}"
         if "val_kl" in values:
             line += f", teacher {values['val_teacher_lm']:.4f}, KL {values['val_kl']:.4f}"
         print(line)
@@ -753,7 +753,9 @@ def check_options() -> None:
             raise ValueError(f"{name} is {globals()[name]}; it must be at least 1")
     split_batch()
     if isinstance(teacher, dict) or data is None:
-        raise ValueError("a teacher's shape and random tokens are for tools/bench.py; give directories of both")
+        raise ValueError(
+            "a teacher's shape and random tokens are for tools/bench.py; here both are directories"
+        )
     if eval_only and init_from is None:
         raise ValueError("eval_only evaluates the model of init_from, which is None: name its directory")
     if WORLD_SIZE % replicas or (replicas > 1 and parallel == "ddp"):
@@ -861,8 +863,8 @@ def main() -> None:
             bar.set_postfix_str(f"loss {mean['loss']:.3f}, lm {mean['lm']:.3f}, {speed:,.0f} tok/s")
             if most_in_a_row >= max_bad_steps:
                 raise ValueError(
-                    f"loss or gradient not finite in {int(most_in_a_row)} steps in a row up to step {done}; none "
-                    "of them was taken. A lower learning_rate may help"
+                    f"loss or gradient not finite in {int(most_in_a_row)} steps in a row up to step {done}; "
+                    "none of them was taken. A lower learning_rate may help"
                 )
             sums = {}
             logged = done

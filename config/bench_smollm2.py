@@ -1,4 +1,4 @@
-"""A benchmark of the training step at shape S of the README: SmolLM2-135M's, to half its width.
+"""A benchmark of the training step at shape S of tools/README.md: SmolLM2-135M's, to half its width.
 
     python tools/bench.py config/bench_smollm2.py
 

@@ -1,4 +1,4 @@
-"""A benchmark of the training step at shape T of the README: a small teacher, to half its width.
+"""A benchmark of the training step at shape T of tools/README.md: a small teacher, to half its width.
 
     python tools/bench.py config/bench_tiny.py
 

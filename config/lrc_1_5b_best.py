@@ -1,4 +1,4 @@
-"""LRC-1.5B with what small runs found best (see the README), in place of the paper's settings.
+"""LRC-1.5B with what small runs found best (see config/study/README.md), in place of the paper's settings.
 
     torchrun --nproc_per_node=8 train.py config/lrc_1_5b_best.py
 
@@ -24,4 +24,3 @@ out_dir = "out/lrc_1_5b_best"
 log_every = 10
 eval_every = 2000
 save_every = 2000
-sample_prompt = ""

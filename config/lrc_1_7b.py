@@ -26,4 +26,3 @@ out_dir = "out/lrc_1_7b"
 log_every = 10
 eval_every = 2000
 save_every = 2000
-sample_prompt = ""

@@ -3,7 +3,7 @@
     python train.py config/quickstart_teacher.py
     python convert.py --checkpoint=out/quickstart_teacher --out=student --dtype=bfloat16
 
-What convert.py wrote is data/quickstart/teacher; its loss is in the README.
+What convert.py wrote is data/quickstart/teacher; its loss is in config/study/README.md.
 """
 
 teacher = None

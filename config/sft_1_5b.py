@@ -24,4 +24,3 @@ out_dir = "out/sft_1_5b"
 save_every = 500
 eval_every = 500
 eval_blocks = 256
-sample_prompt = ""

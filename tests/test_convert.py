@@ -176,8 +176,9 @@ def test_reference_checkpoint(case, layout, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     file = tmp_path / "run/model.safetensors"
     save_file(tensors, file)
-    run_from_authors(monkeypatch, checkpoint=file if layout == "file" else file.parent, out=tmp_path / "clone",
-                     teacher=tmp_path / "teacher", student=tmp_path / "student")  # fmt: skip
+    source = file if layout == "file" else file.parent
+    places = {"teacher": tmp_path / "teacher", "out": tmp_path / "clone", "student": tmp_path / "student"}
+    run_from_authors(monkeypatch, checkpoint=source, **places)
     theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
     assert not any(info.values()), info
     with torch.no_grad():

@@ -687,8 +687,8 @@ def document_bounds(documents):
 
 @pytest.mark.parametrize("kernel", ["flash_attn_varlen_func", "varlen_attn"])
 def test_kernels_of_a_gpu_are_called_as_documented(kernel, monkeypatch):
-    """A double for each that checks layout, dtype, causality and grouped heads, and computes by SDPA. PyTorch's
-    own must also take the call by its signature."""
+    """A double for each that checks layout, dtype, causality and grouped heads, and computes by SDPA.
+    PyTorch's own must also take the call by its signature."""
     calls = []
 
     def check(q, k, v, bounds_q, bounds_k, longest_q, longest_k):
@@ -732,7 +732,7 @@ def test_kernels_of_a_gpu_are_called_as_documented(kernel, monkeypatch):
 
 
 def test_torch_has_the_kernel_for_lengths_that_vary():
-    """The operator behind varlen_attn takes our arguments and gives a shape; there is no CPU kernel to run."""
+    """The operator behind varlen_attn takes our arguments and gives a shape; a CPU has no kernel to run."""
     with FakeTensorMode():
         q, k = (torch.empty(24, heads, 8, dtype=torch.bfloat16, device="cuda") for heads in (4, 2))
         bounds = torch.empty(4, dtype=torch.int32, device="cuda")

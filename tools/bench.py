@@ -1,12 +1,13 @@
 """Speed and memory of train.py's step, on random tokens and a random teacher: nothing is downloaded.
 
-    python tools/bench.py config/bench_smollm2.py                      # SmolLM2-135M's shape to half its width
+    python tools/bench.py config/bench_smollm2.py              # SmolLM2-135M's shape to half its width
     python tools/bench.py config/bench_tiny.py --max_steps=20
-    torchrun --nproc_per_node=8 tools/bench.py config/lrc_1_5b.py --teacher=config/teachers/Llama-3.2-3B-Instruct.json
+    torchrun --nproc_per_node=8 tools/bench.py config/lrc_1_5b.py --data=None --max_steps=12 \\
+        --teacher=config/teachers/Llama-3.2-3B-Instruct.json
 
 Takes train.py's options; `teacher` is the shape of one, the fields of a config.json or its file. It times
-max_steps steps, reports FLOPs by part and ends with a line of JSON: among it the fraction of torch.mm's rate, as
-measured between the steps, at which the arithmetic was done that a step cannot do without.
+max_steps steps, reports FLOPs by part and ends with a line of JSON: among it the fraction of torch.mm's rate,
+as measured between the steps, at which the arithmetic was done that a step cannot do without.
 """
 
 import contextlib

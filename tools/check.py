@@ -288,10 +288,8 @@ def compiled(dtype: torch.dtype, bound: float) -> str:
 
 
 def launch(count: int, *arguments: str, script: Path | None = None) -> str:
-    """What train.py, or another script, prints, as one process or `count` under torchrun; Failed says why one fails.
-
-    In a session of its own, so that Ctrl-C here does not ask it to save a checkpoint.
-    """
+    """What train.py, or another script, prints, alone or as `count` processes under torchrun; Failed says why
+    one fails. In a session of its own, so that Ctrl-C here does not ask it to save a checkpoint."""
     command = [sys.executable]
     if count > 1:
         with socket.socket() as free:  # a port of its own
@@ -456,8 +454,8 @@ def speed_options(count: int) -> dict:
     if gib < 34:
         raise NotRun(f"the GPU has {gib:.0f} GiB, LRC-1.5B takes 27 and some reserve")
     return {
-        "data": None, "teacher": str(ROOT / "config/teachers/Llama-3.2-3B-Instruct.json"), "student_hidden_size": 1536, "seq_len": 2048, "kl_temperature": 40.0,
-        "clone_attn_out": "teacher", "micro_batch_size": 3, "global_batch_size": 3 * count, "max_steps": 12,
+        "data": None, "teacher": str(ROOT / "config/teachers/Llama-3.2-3B-Instruct.json"),
+        "student_hidden_size": 1536, "seq_len": 2048, "kl_temperature": 40.0, "clone_attn_out": "teacher", "micro_batch_size": 3, "global_batch_size": 3 * count, "max_steps": 12,
         "activation_checkpointing": gib < 48,
     }  # fmt: skip
 

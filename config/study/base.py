@@ -13,5 +13,4 @@ learning_rate = 3e-3
 eval_every = 5
 eval_blocks = 32
 save_every = 0
-sample_prompt = ""
 out_dir = "out/study"

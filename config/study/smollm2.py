@@ -18,5 +18,4 @@ clone_weight = 0.05  # the terms of 30 layers add up
 eval_every = 5
 eval_blocks = 8
 save_every = 0
-sample_prompt = ""
 out_dir = "out/study_smollm2"
