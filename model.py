@@ -235,7 +235,7 @@ class Layer(nn.Module):
 
 def walk(weights: dict, ids: Tensor, config: ModelConfig, rope=None, mask=None, caches=None, layer=block):
     """The one walk over a plain model: yields (x [B, T, D], activations) of the embedding, which has none,
-    and of every layer. ids [B, T]; caches: one (keys, values, start) a layer; layer: block, maybe compiled."""
+    and of every layer. ids [B, T]. caches: one (keys, values, start) a layer. layer: block or it compiled."""
     if rope is None:
         rope = rope_table(config, torch.arange(ids.shape[1], device=ids.device))
     x = F.embedding(ids, weights["embedding"])

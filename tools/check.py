@@ -335,7 +335,8 @@ def prepare_runs(work: Path) -> None:
     if not (work / "teacher").exists():
         quiet = io.StringIO()
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            write_shards(f"{ROOT}/*.py", work / "corpus", str(TOKENIZER), heldout_fraction=0.3)
+            sources = tuple(f"{ROOT}/{folder}*.py" for folder in ("", "tools/", "tests/", "config/"))
+            write_shards(sources, work / "corpus", str(TOKENIZER), heldout_fraction=0.3)
         convert.save_model(random_teacher(torch.float32), work / "teacher", torch.float32, TOKENIZER)
 
 
@@ -455,7 +456,8 @@ def speed_options(count: int) -> dict:
         raise NotRun(f"the GPU has {gib:.0f} GiB, LRC-1.5B takes 27 and some reserve")
     return {
         "data": None, "teacher": str(ROOT / "config/teachers/Llama-3.2-3B-Instruct.json"),
-        "student_hidden_size": 1536, "seq_len": 2048, "kl_temperature": 40.0, "clone_attn_out": "teacher", "micro_batch_size": 3, "global_batch_size": 3 * count, "max_steps": 12,
+        "student_hidden_size": 1536, "seq_len": 2048, "kl_temperature": 40.0, "clone_attn_out": "teacher",
+        "micro_batch_size": 3, "global_batch_size": 3 * count, "max_steps": 12,
         "activation_checkpointing": gib < 48,
     }  # fmt: skip
 
