@@ -93,8 +93,6 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
     def refuse(field, value, allowed):
         raise ValueError(f"{source}: {field} is {value!r}; this code supports {allowed}")
 
-    if not isinstance(hf, dict):
-        raise ValueError(f"{source} holds no JSON object")
     family = hf.get("model_type")
     if family not in ARCHITECTURES:
         refuse("model_type", family, " | ".join(ARCHITECTURES))
@@ -193,11 +191,14 @@ def weight_names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
 
 
 def read_config(path: str | Path) -> ModelConfig:

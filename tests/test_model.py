@@ -95,6 +95,23 @@ def random_batch(batch, length, vocab_size=96, seed=2):
     return ids[:, :-1], labels
 
 
+def test_files_that_cannot_be_a_model_are_refused(tmp_path):
+    save_teacher(tmp_path / "teacher")
+    config = tmp_path / "teacher/config.json"
+    whole = config.read_text()
+    config.write_text("[1]")
+    with pytest.raises(ValueError, match="holds no JSON object"):
+        convert.load_model(tmp_path / "teacher")
+    config.write_text(json.dumps(json.loads(whole) | {"num_hidden_layers": 10**9}))
+    with pytest.raises(ValueError, match="num_hidden_layers is 1000000000; its weights hold fewer"):
+        convert.load_model(tmp_path / "teacher")
+    config.write_text(whole)
+    index = {"weight_map": {"norm": "../elsewhere.safetensors"}}
+    (tmp_path / "teacher/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"names \.\./elsewhere.safetensors, which is not a file of its"):
+        convert.load_model(tmp_path / "teacher")
+
+
 # ---- the authors' numbers
 
 
