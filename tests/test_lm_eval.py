@@ -8,21 +8,23 @@ import sys
 import pytest
 import torch
 from conftest import BUNDLED, ROOT
+from test_model import make_clone
 from tokenizers import Tokenizer
 
+import convert
 import model as models
 
 pytest.importorskip("lm_eval")
 
 
 def test_lm_eval_agrees_with_model(tmp_path):
-    clone = models.LowRankClone(models.load_model(BUNDLED), 96)
+    clone = make_clone(convert.load_model(BUNDLED), 96)
     rows = [
         json.loads(line) for line in (ROOT / "tests/lm_eval_task/questions.jsonl").read_text().splitlines()
     ]
     ids = torch.randint(4096, (4, 128), generator=torch.Generator().manual_seed(0))
-    clone.init_weights(0, "pca", clone.calibrate(ids))
-    models.save_clone(clone, tmp_path / "clone", str(BUNDLED), str(BUNDLED))
+    models.init_clone(clone, 0, "pca", clone.calibrate(ids))
+    convert.save_clone(clone, tmp_path / "clone", str(BUNDLED), str(BUNDLED))
     for command in (
         ["convert.py", f"--checkpoint={tmp_path}/clone", f"--out={tmp_path}/student"],
         ["-m", "lm_eval", "--model=hf", f"--model_args=pretrained={tmp_path}/student,dtype=float32",
@@ -38,7 +40,7 @@ def test_lm_eval_agrees_with_model(tmp_path):
     theirs = {s["doc_id"]: s for s in map(json.loads, samples.read_text().splitlines())}
 
     student, tokenizer = (
-        models.load_model(tmp_path / "student"),
+        convert.load_model(tmp_path / "student"),
         Tokenizer.from_file(str(BUNDLED / "tokenizer.json")),
     )
     right = 0

@@ -107,6 +107,8 @@ def main() -> None:
             raise ValueError(f"{name} is None; give its directory with --{name}=DIR")
     if Path(out).exists():
         raise ValueError(f"{out} exists; remove it or choose another --out")
+    if not Path(checkpoint).exists():
+        raise ValueError(f"{checkpoint} does not exist")
     files = reference_files(Path(checkpoint))
     if not files:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Kills a training run at random moments, goes on, and compares its end with an undisturbed run's.
 
-    python tests/kill_train.py                            # 50 kills of one process: a few minutes
-    python tests/kill_train.py --processes=2 --kills=10   # under torchrun, all its processes at once
+    python tools/kill_train.py                            # 50 kills of one process: a few minutes
+    python tools/kill_train.py --processes=2 --kills=10   # under torchrun, all its processes at once
 
 Not a part of the test run. Every resume must succeed and the final tensors be the same, bit for bit.
 """
@@ -9,14 +9,14 @@ Not a part of the test run. Every resume must succeed and the final tensors be t
 kills = 50  # SIGKILLs
 processes = 1  # of the run; more than one under torchrun
 max_steps = 2500  # of the run; a checkpoint every 3 of them, so that many kills fall into a save
-async_save = False  # train.py's
 seed = 0  # of the moments
 
 if __name__ == "__main__":
     import sys
     from pathlib import Path
 
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    repository = Path(__file__).resolve().parents[1]
+    sys.path[:0] = [str(repository), str(repository / "tests")]
     from configurator import configure
 
     configure(globals())
@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from test_parallel import ranks_of
 from tqdm import tqdm
 
-from model import checkpoints
+from convert import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,7 +46,7 @@ def start(out_dir: Path) -> subprocess.Popen:
     options = (
         "--student_hidden_size=24", "--seq_len=32", "--global_batch_size=2", "--micro_batch_size=1",
         "--save_every=3", "--eval_every=0", "--sample_prompt=", "--resume=True", f"--max_steps={max_steps}",
-        f"--out_dir={out_dir}", f"--async_save={async_save}",
+        f"--out_dir={out_dir}",
     )  # fmt: skip
     with open(out_dir.with_suffix(".log"), "w") as log:
         return subprocess.Popen(
