@@ -815,3 +815,21 @@ def test_flops_are_those_of_the_formulas(options, monkeypatch):
     if train.share_qkv:
         by_layer += 2 * 2 * 32 * 16
     assert parts["clone losses"] == tokens * 2 * by_layer
+
+
+def test_positions_restart_with_each_document():
+    """Attention alone cannot tell, since rotary positions are relative."""
+    positions, _ = model.document_layout(np.array([[7, 7, 7, 8, 9, 9]]), torch.device("cpu"))
+    assert positions.tolist() == [[[0, 1, 2, 0, 0, 1]]]
+
+
+@pytest.mark.parametrize(("accumulate", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_held_gradients_are_wide_only_where_they_add_up(accumulate, dtype):
+    held = model.hold({"w": torch.ones(4, dtype=torch.bfloat16, requires_grad=True)}, accumulate)
+    leaf = held.weights["w"]
+    for _ in range(2):
+        (leaf * torch.tensor(1 / 256, dtype=torch.bfloat16)).sum().backward()
+        leaf.sum().backward()
+    assert leaf.grad.dtype == dtype
+    # 2 + 2/256 is no bfloat16: it has 8 bits of mantissa
+    assert (leaf.grad.double() == 2 + 2 / 256).all() == accumulate
