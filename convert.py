@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import Llama, LossConfig, LowRankClone, ModelConfig, StudentConfig
+from model import Llama, LossConfig, LowRankClone, ModelConfig, StudentConfig, is_free, start_from_clone
 
 # Our name of each weight of a layer -> its name in a Hugging Face checkpoint, under "model.layers.{i}."
 LAYER_NAMES = {
@@ -254,7 +254,11 @@ def read_tensors(
     if problems:
         more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise ValueError(f"{files[0].parent}: weights do not fit: {'; '.join(problems[:6])}{more}")
-    return {name: found[name][0].get_tensor(name).to(dtype) for name in expected}
+    tensors = {name: found[name][0].get_tensor(name).to(dtype) for name in expected}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{files[0].parent}: {name} holds a value that is not finite")
+    return tensors
 
 
 # ---- plain models: Hugging Face directories
@@ -331,6 +335,8 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
+PROJECTIONS_FILE = "projections.safetensors"
+
 # ---- clones: the trained tensors, and a config.json that says what else is needed
 
 
@@ -349,13 +355,13 @@ def fingerprint(model: Llama) -> str:
 def save_clone(
     clone: LowRankClone, path: Path, teacher: str, tokenizer: str, tensors=None, teacher_fingerprint=None
 ) -> None:
-    """Writes the trained tensors, and in config.json everything else needed to rebuild the clone.
+    """Writes the clone's own tensors, and in config.json everything else needed to rebuild it.
 
-    tensors, teacher_fingerprint: clone.trained() and the teacher's fingerprint, where the clone is sharded.
+    tensors, teacher_fingerprint: clone.own_state() and the teacher's fingerprint, where the clone is sharded.
     """
     path.mkdir(parents=True, exist_ok=True)
-    tensors = clone.trained() if tensors is None else tensors
-    tensors = {name: p.detach().float().contiguous() for name, p in tensors.items()}
+    tensors = clone.own_state() if tensors is None else tensors
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     config = {
         "model_type": "low_rank_clone",
@@ -382,6 +388,16 @@ def clone_directories(path: Path, teacher: str | None = None) -> tuple[str, str]
     return teacher, teacher
 
 
+def read_student_config(path: Path) -> StudentConfig:
+    """What the clone of a checkpoint is."""
+    saved = read_json(path / "config.json")["clone"]
+    names = [field.name for field in dataclasses.fields(StudentConfig) if field.name in saved]
+    student = StudentConfig(**{name: saved[name] for name in names})
+    if student.student_layers is not None:
+        student = dataclasses.replace(student, student_layers=tuple(student.student_layers))
+    return student
+
+
 def load_clone(
     path: str | Path, dtype=torch.float32, teacher: str | None = None, losses: LossConfig | None = None
 ) -> LowRankClone:
@@ -395,11 +411,10 @@ def load_clone(
     model = load_model(teacher, dtype)
     if fingerprint(model) != config["teacher_fingerprint"]:
         raise ValueError(f"{path}: {teacher} is not the teacher it was trained with (the weights differ)")
-    fields = [field.name for field in dataclasses.fields(StudentConfig)]
     with torch.device("meta"):
-        clone = LowRankClone(model, StudentConfig(**{name: config["clone"][name] for name in fields}), losses)
-    expected = {name: tuple(p.shape) for name, p in clone.trained().items()}
-    tensors = read_tensors([path / "model.safetensors"], expected, dtype=torch.float32)
+        clone = LowRankClone(model, read_student_config(path), losses)
+    expected = {name: tuple(tensor.shape) for name, tensor in clone.own_state().items()}
+    tensors = read_tensors([path / "model.safetensors"], expected)
     frozen = {f"teacher.{name}": weight for name, weight in model.state_dict().items()}
     clone.load_state_dict(tensors | frozen, assign=True)
     return clone
@@ -420,6 +435,65 @@ def load_checkpoint(path: Path, teacher: str | None = None) -> Llama | LowRankCl
 def tokenizer_directory(path: Path, teacher: str | None = None) -> str:
     """Where the tokenizer of a clone's checkpoint (or Hugging Face directory) is now."""
     return clone_directories(path, teacher)[1] if is_clone(path) else str(path)
+
+
+def has_projections(path: Path) -> bool:
+    return (path / PROJECTIONS_FILE).is_file()
+
+
+def save_weights(
+    model: Llama | LowRankClone, path: Path, tensors: dict[str, Tensor], tokenizer: str | None,
+    teacher: str | None, teacher_fingerprint: str | None,
+) -> None:  # fmt: skip
+    """Writes the weights of a run's checkpoint, tensors: the model's own, whole.
+
+    A plain model and a student of free weights are Hugging Face directories. Beside the latter's weights are
+    the projections of its clone losses, in a file of their own.
+    """
+    if isinstance(model, LowRankClone) and model.composes:
+        save_clone(model, path, teacher, tokenizer, tensors, teacher_fingerprint)
+        return
+    state = tensors
+    if isinstance(model, LowRankClone):
+        state = {theirs: tensors[ours] for theirs, ours in model.names_in_plain_model().items()}
+    save_model(model, path, torch.float32, tokenizer, state=state)
+    projections = {name: tensors[name] for name in tensors if ".projections." in name}
+    if projections:
+        save_file(projections, path / PROJECTIONS_FILE, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def load_weights(path: Path, model: Llama | LowRankClone) -> None:
+    """Sets a model's own weights from a checkpoint or Hugging Face directory that must fit it exactly."""
+    clone = isinstance(model, LowRankClone)
+    if is_clone(path) and clone and not model.composes:
+        start_from_clone(model, load_clone(path))
+        return
+    if is_clone(path) != (clone and model.composes):
+        saved = "a clone" if is_clone(path) else "a plain model"
+        wanted = f"a clone (train={model.student_config.train})" if clone else "a plain model"
+        raise ValueError(f"{path} is {saved}; this run trains {wanted}")
+    own = dict(model.own_state() if clone else model.named_parameters())
+    files = weight_files(path)
+    if is_clone(path):
+        # Free weights that are new in this run start at zero.
+        found = tensor_slices(files)
+        names = {name: name for name in own if name in found or not is_free(name)}
+    else:
+        plain = model.names_in_plain_model() if clone else {name: name for name in own}
+        names = {theirs: plain[ours] for theirs, (ours, _) in weight_names(model.config).items()}
+    expected = {theirs: tuple(own[ours].shape) for theirs, ours in names.items()}
+    ignored = () if "lm_head.weight" in names else ("lm_head.weight",)
+    tensors = read_tensors(files, expected, ignored)
+    if clone and not model.composes:
+        projections = [name for name in own if ".projections." in name]
+        if has_projections(path):
+            shapes = {name: tuple(own[name].shape) for name in projections}
+            tensors |= read_tensors([path / PROJECTIONS_FILE], shapes)
+        else:  # of a student as wide as its teacher: the two streams are compared as they are
+            tensors |= {name: torch.eye(len(own[name])) for name in projections}
+    for theirs, tensor in tensors.items():
+        own[names.get(theirs, theirs)].copy_(tensor)
 
 
 def checkpoints(out_dir: str | Path) -> list[Path]:

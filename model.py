@@ -17,7 +17,7 @@ F intermediate_size, V vocabulary.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -253,7 +253,7 @@ def hidden_states(weights: dict, ids: Tensor, config: ModelConfig, **options) ->
 
 
 def head_of(weights: dict) -> Tensor:
-    return weights.get("head", weights["embedding"])
+    return weights["head"] if "head" in weights else weights["embedding"]
 
 
 class Llama(nn.Module):
@@ -282,6 +282,10 @@ class Llama(nn.Module):
                 weight.data.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
         return self
 
+    def modules_of(self, i: int) -> list[nn.Module]:
+        """The modules that the weights of layer i are made of."""
+        return [self.layers[i]]
+
     def head_weight(self) -> Tensor:
         return (self.embedding if self.head is None else self.head).to(self.dtype)
 
@@ -308,17 +312,17 @@ class Llama(nn.Module):
         head_loss. documents: document_layout's result, where the documents of a block do not see each other.
         """
         weights = unheld(weights) or self()
-        rope, mask = rope_and_mask(self.config, ids, documents)
+        positions, mask = positions_and_mask(ids, documents)
+        rope = rope_table(self.config, positions)
         x = hidden_states(weights, ids, self.config, rope=rope, mask=mask, layer=self.run_block)
         return head_loss(
             x, head_of(weights), labels, num_labels=num_labels, share=share, loss_function=self.chunk_loss
         )
 
 
-def rope_and_mask(config: ModelConfig, ids: Tensor, documents) -> tuple:
-    """The rotary tables and the attention mask of ids [B, T]; documents: document_layout's result or None."""
-    positions, mask = documents or (torch.arange(ids.shape[1], device=ids.device), None)
-    return rope_table(config, positions), mask
+def positions_and_mask(ids: Tensor, documents) -> tuple:
+    """Of ids [B, T]: document_layout's result, or where documents is None one document from 0 on."""
+    return documents or (torch.arange(ids.shape[1], device=ids.device), None)
 
 
 # ---- the loss of a chunk of tokens, and of all of them
@@ -544,10 +548,12 @@ def release(weights: dict, held: Held, before_layer: Callable[[int], None] = lam
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
-    """What a clone is, besides its teacher and its trained tensors; saved with it.
+    """What a student is, besides its teacher and its trained tensors; saved with it.
 
     share_qkv, share_gate_up: one projection for q, k, v (gate, up), whose clone losses become one loss on
-    their input (paper, Table 7). tie_head_projection: one projection for embedding and LM head.
+    their input (paper, Table 7). tie_head_projection: one projection for embedding and LM head. train: what
+    makes its weights, see StudentLayer. student_layers: the teacher's layers that it has, by index, or None
+    for all. student_intermediate_size: FFN neurons that it has of the teacher's, or None for all.
     """
 
     student_hidden_size: int
@@ -555,11 +561,15 @@ class StudentConfig:
     share_gate_up: bool
     tie_head_projection: bool
     student_rms_norm_eps: float
+    # Not in the checkpoints of before there was a choice.
+    train: str = "projections"
+    student_layers: tuple[int, ...] | None = None
+    student_intermediate_size: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """How a clone is trained: lm_weight · CE + kl_weight · T² · KL + clone_weight · Σ clone losses.
+    """How a student is trained: lm_weight · CE + kl_weight · T² · KL + clone_weight · Σ clone losses.
 
     clone_attn_out, clone_mlp_out: compare in the "student"'s space (paper) or the "teacher"'s (attn_out in
     the authors' code). clone_scale: "teacher" divides each term by the mean square of the teacher's
@@ -587,25 +597,24 @@ def clone_losses(
     weight they project. teacher: the teacher's weights of the layer. A new term is a line here; its name must
     be one of block's activations where clone_scale="teacher" is to scale it.
     """
-    terms = {}
+    pairs = {}  # (student's, teacher's) or (student's, teacher's, the projection of the teacher's)
     if student_config.share_qkv:
-        terms["attn_in"] = mse(F.linear(s["attn_in"], p["q"]), t["attn_in"])
+        pairs["attn_in"] = (F.linear(s["attn_in"], p["q"]), t["attn_in"])
     else:
-        terms |= {name: mse(s[name], t[name]) for name in ("q", "k", "v")}
+        pairs |= {name: (s[name], t[name]) for name in ("q", "k", "v")}
     if loss_config.clone_attn_out == "student":
-        terms["attn_out"] = mse(s["attn_out"], t["attn_out"], p["o"])
+        pairs["attn_out"] = (s["attn_out"], t["attn_out"], p.get("o"))
     else:
-        attn_out = F.linear(s["attended"], teacher["o"], teacher.get("o_bias"))
-        terms["attn_out"] = mse(attn_out, t["attn_out"])
+        pairs["attn_out"] = (F.linear(s["attended"], teacher["o"], teacher.get("o_bias")), t["attn_out"])
     if student_config.share_gate_up:
-        terms["mlp_in"] = mse(F.linear(s["mlp_in"], p["gate"]), t["mlp_in"])
+        pairs["mlp_in"] = (F.linear(s["mlp_in"], p["gate"]), t["mlp_in"])
     else:
-        terms |= {name: mse(s[name], t[name]) for name in ("gate", "up")}
+        pairs |= {name: (s[name], t[name]) for name in ("gate", "up")}
     if loss_config.clone_mlp_out == "student":
-        terms["mlp_out"] = mse(s["mlp_out"], t["mlp_out"], p["down"])
+        pairs["mlp_out"] = (s["mlp_out"], t["mlp_out"], p.get("down"))
     else:
-        terms["mlp_out"] = mse(gated_linear(s["gate"], s["up"], teacher["down"]), t["mlp_out"])
-    return {name: loss for name, loss in terms.items() if name not in loss_config.clone_skip}
+        pairs["mlp_out"] = (gated_linear(s["gate"], s["up"], teacher["down"]), t["mlp_out"])
+    return {name: mse(*pair) for name, pair in pairs.items() if name not in loss_config.clone_skip}
 
 
 class MeanSquaredError(torch.autograd.Function):
@@ -637,133 +646,266 @@ def mse(student: Tensor, teacher: Tensor, projection: Tensor | None = None) -> T
     return MeanSquaredError.apply(student, teacher, projection)
 
 
-# ---- the low-rank clone
+# ---- the student
 
-READS = ("q", "k", "v", "gate", "up")  # weights W of which the student has W P
+READS = ("q", "k", "v", "gate", "up")  # weights W of which a clone has W P
 WRITES = ("o", "down")  # weights W of which it has P^T W
 
 
-class CloneLayer(nn.Module):
-    """The trained tensors of one layer: projections [d_T, d_S] and the student's norms [d_S]."""
+def student_shape(teacher: ModelConfig, student: StudentConfig) -> ModelConfig:
+    """The shape of a student that is made of the teacher's weights; ValueError where it does not fit them."""
+    d_t = teacher.hidden_size
+    d_s = student.student_hidden_size
+    f = teacher.intermediate_size
+    f_s = student.student_intermediate_size or f
+    layers = student.student_layers or tuple(range(teacher.num_hidden_layers))
+    heads = teacher.num_attention_heads
+    if not 0 < d_s <= d_t:
+        raise ValueError(f"student_hidden_size is {d_s}; it must be between 1 and {d_t}, the teacher's")
+    if teacher.model_type == "llama" and d_s % heads:
+        low = d_s // heads * heads
+        near = " or ".join(str(size) for size in (low, low + heads) if 0 < size <= d_t)
+        raise ValueError(
+            f"student_hidden_size is {d_s}; a llama needs a multiple of its {heads} heads: {near}"
+        )
+    if not 0 < f_s <= f:
+        raise ValueError(f"student_intermediate_size is {f_s}; it must be between 1 and {f}, the teacher's")
+    if list(layers) != sorted(set(layers) & set(range(teacher.num_hidden_layers))):
+        last = teacher.num_hidden_layers - 1
+        raise ValueError(f"student_layers is {layers}; it must be rising indices of layers, from 0 to {last}")
+    return dataclasses.replace(
+        teacher,
+        hidden_size=d_s,
+        intermediate_size=f_s,
+        num_hidden_layers=len(layers),
+        rms_norm_eps=student.student_rms_norm_eps,
+        tie_word_embeddings=teacher.tie_word_embeddings and student.tie_head_projection,
+    )
 
-    def __init__(self, d_t: int, config: StudentConfig, losses: LossConfig | None):
+
+def spread_layers(count: int, layers: int) -> tuple[int, ...]:
+    """`count` of a teacher's layers, evenly spaced, the first and the last among them."""
+    if not 1 < count <= layers:
+        raise ValueError(f"student_layers is {count}; as a number it must be between 2 and {layers}")
+    return tuple(round(i * (layers - 1) / (count - 1)) for i in range(count))
+
+
+class StudentLayer(nn.Module):
+    """What is trained of one layer of the student, and how its weights are made of that.
+
+    train="projections": W P and P^T W of the teacher's weights W, as in the paper. "both": these and a free
+    part R of the student's own shape, W P + R. "weights": free weights alone; then only the projections that
+    clone losses read are there. The norms [d_S] are always the student's own.
+    """
+
+    def __init__(self, d_t: int, config: ModelConfig, student: StudentConfig, losses: LossConfig | None):
         super().__init__()
-        d_s = config.student_hidden_size
+        shapes = config.layer_shapes()
+        self.composes = student.train != "weights"
+        self.compared = projections_compared(student, losses)
         self.parameter_of = {name: name for name in (*READS, *WRITES)}  # the projection of each weight
-        if config.share_qkv:
+        if student.share_qkv:
             self.parameter_of |= dict.fromkeys(("q", "k", "v"), "qkv")
-        if config.share_gate_up:
+        if student.share_gate_up:
             self.parameter_of |= dict.fromkeys(("gate", "up"), "gate_up")
-        names = dict.fromkeys(self.parameter_of.values())
-        self.projections = nn.ParameterDict({name: nn.Parameter(torch.empty(d_t, d_s)) for name in names})
-        self.input_norm = nn.Parameter(torch.empty(d_s))
-        self.post_norm = nn.Parameter(torch.empty(d_s))
-        # Which projections clone_losses reads, besides the weights that are made with them.
-        self.compared = []
-        if losses is not None and losses.clone_weight:
-            read = {
-                "q": config.share_qkv,
-                "o": losses.clone_attn_out == "student",
-                "gate": config.share_gate_up,
-                "down": losses.clone_mlp_out == "student",
-            }
-            self.compared = [name for name, is_read in read.items() if is_read]
+        projected = (*READS, *WRITES) if self.composes else self.compared
+        names = dict.fromkeys(self.parameter_of[name] for name in projected)
+        self.projections = nn.ParameterDict(
+            {name: nn.Parameter(torch.empty(d_t, config.hidden_size)) for name in names}
+        )
+        free = {"projections": (), "both": (*READS, *WRITES)}.get(
+            student.train, [name for name in shapes if name not in ("input_norm", "post_norm")]
+        )
+        self.free = nn.ParameterDict({name: nn.Parameter(torch.zeros(shapes[name])) for name in free})
+        self.input_norm = nn.Parameter(torch.empty(config.hidden_size))
+        self.post_norm = nn.Parameter(torch.empty(config.hidden_size))
+        # Which of the teacher's FFN neurons the student has, where it has not all.
+        neurons = None
+        if student.student_intermediate_size:
+            neurons = torch.arange(student.student_intermediate_size)
+        self.register_buffer("neurons", neurons)
 
     def projection(self, name: str) -> nn.Parameter:
         """The projection of a weight of READS or WRITES."""
         return self.projections[self.parameter_of[name]]
 
     def compose(self, teacher: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """What the student has of its own in this layer, from the teacher's weights; and, under "P_" and
-        their names, the projections that clone losses read."""
-        p = {name: self.projection(name).to(dtype) for name in self.parameter_of}
-        weights = {name: teacher[name] @ p[name] for name in READS}
-        weights |= {name: p[name].T @ teacher[name] for name in WRITES}
-        if "o_bias" in teacher:
-            weights["o_bias"] = teacher["o_bias"] @ p["o"]
+        """The layer's weights, by the names of layer_shapes; besides, under "P_" and their names, the
+        projections that clone losses read, and "neurons"."""
+        weights = {}
+        if self.composes:
+            p = {name: self.projection(name).to(dtype) for name in self.parameter_of}
+            teacher = keep_neurons(teacher, self.neurons)
+            # Biases of q, k and v, and Qwen3's q and k norms, do not touch the stream.
+            weights = {name: teacher[name] for name in teacher if name[:2] in ("q_", "k_", "v_")}
+            weights |= {name: teacher[name] @ p[name] for name in READS}
+            weights |= {name: p[name].T @ teacher[name] for name in WRITES}
+            if "o_bias" in teacher:
+                weights["o_bias"] = teacher["o_bias"] @ p["o"]
+        for name, free in self.free.items():
+            weights[name] = free.to(dtype) + weights[name] if name in weights else free.to(dtype)
         weights |= {"input_norm": self.input_norm.to(dtype), "post_norm": self.post_norm.to(dtype)}
-        return weights | {f"P_{name}": p[name] for name in self.compared}
+        weights |= {f"P_{name}": self.projection(name).to(dtype) for name in self.compared}
+        if self.neurons is not None:
+            weights["neurons"] = self.neurons
+        return weights
 
     def forward(self, teacher: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
-        """compose(), both layers gathered under FSDP."""
-        return teacher(self.compose, dtype, dtype)
+        """compose(), what it takes gathered under FSDP."""
+        return teacher(self.compose, dtype, dtype) if self.composes else self.compose({}, dtype)
+
+
+def projections_compared(student: StudentConfig, losses: LossConfig | None) -> list[str]:
+    """Which projections clone_losses reads, by the weight that they project."""
+    if losses is None or not losses.clone_weight:
+        return []
+    reads = {
+        "q": student.share_qkv and "attn_in" not in losses.clone_skip,
+        "o": losses.clone_attn_out == "student" and "attn_out" not in losses.clone_skip,
+        "gate": student.share_gate_up and "mlp_in" not in losses.clone_skip,
+        "down": losses.clone_mlp_out == "student" and "mlp_out" not in losses.clone_skip,
+    }
+    return [name for name, is_read in reads.items() if is_read]
+
+
+def terms_without_equal_shapes(
+    teacher: ModelConfig, shape: ModelConfig, student: StudentConfig
+) -> dict[str, str]:
+    """{clone loss: why a student of any shape cannot have it}, without projections of its own."""
+    layers = len(student.student_layers or range(teacher.num_hidden_layers))
+    if shape.num_hidden_layers != layers:
+        why = f"the student has {shape.num_hidden_layers} layers, not {layers}"
+        return dict.fromkeys(("q", "k", "v", "attn_out", "gate", "up", "mlp_out"), why)
+    sizes = {"hidden_size": ("attn_out", "mlp_out")}
+    if teacher.head_dim != shape.head_dim:
+        sizes["head_dim"] = ("q", "k", "v")
+    sizes |= {"num_attention_heads": ("q",), "num_key_value_heads": ("k", "v")}
+    sizes["intermediate_size"] = ("gate", "up")
+    reasons = {}
+    for field, names in sizes.items():
+        ours = getattr(shape, field)
+        theirs = getattr(teacher, field)
+        if ours != theirs:
+            reasons |= dict.fromkeys(names, f"{field} {ours}, not {theirs}")
+    return reasons
+
+
+def keep_neurons(teacher: dict[str, Tensor], neurons: Tensor | None) -> dict[str, Tensor]:
+    """A layer's weights with these FFN neurons alone."""
+    if neurons is None:
+        return teacher
+    kept = {"gate": teacher["gate"][neurons], "up": teacher["up"][neurons]}
+    return teacher | kept | {"down": teacher["down"][:, neurons]}
 
 
 def clone_block(
-    teacher: dict[str, Tensor], student: dict[str, Tensor], x_t: Tensor, x_s: Tensor,
-    teacher_config: ModelConfig, student_config: ModelConfig, rope, mask, compare,
+    teacher: dict[str, Tensor] | None, student: dict[str, Tensor] | None, x_t: Tensor, x_s: Tensor,
+    configs: tuple[ModelConfig, ModelConfig], ropes: tuple, mask, compare,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
     """One layer of teacher and student in lock-step, so that a teacher activation lives only as long as its
     loss: x_t [B, T, d_T], x_s [B, T, d_S] -> (x_t, x_s, clone losses).
 
-    compare: (StudentConfig, LossConfig), or None: no clone losses here.
+    teacher, student: the layer's weights, None where one of the two has no layer here. configs, ropes: of
+    teacher and student. compare: (StudentConfig, LossConfig), or None: no clone losses here.
     """
-    with torch.no_grad():
-        x_t, t = block(x_t, teacher, teacher_config, rope, mask)
-    x_s, s = block(x_s, teacher | student, student_config, rope, mask)
+    if teacher is not None:
+        with torch.no_grad():
+            x_t, t = block(x_t, teacher, configs[0], ropes[0], mask)
+    if student is not None:
+        x_s, s = block(x_s, student, configs[1], ropes[1], mask)
     if compare is None:
         return x_t, x_s, {}
     p = {name.removeprefix("P_"): weight for name, weight in student.items() if name.startswith("P_")}
+    neurons = student.get("neurons")
+    if neurons is not None:
+        teacher = keep_neurons(teacher, neurons)
+        t = t | {name: t[name][..., neurons] for name in ("gate", "up")}
     return x_t, x_s, clone_losses(s, t, p, teacher, *compare)
 
 
 class LowRankClone(nn.Module):
     """A frozen teacher and the tensors that make a student of it; only the latter have requires_grad.
 
-    losses: how it is trained, None where it is not. ValueError when the student does not fit the teacher.
+    losses: how it is trained, None where it is not. config: the student's shape, where it is not made of the
+    teacher's weights (train="weights"). ValueError when the student does not fit the teacher.
     """
 
-    def __init__(self, teacher: Llama, student: StudentConfig, losses: LossConfig | None = None):
+    def __init__(
+        self, teacher: Llama, student: StudentConfig, losses: LossConfig | None = None,
+        config: ModelConfig | None = None,
+    ):  # fmt: skip
         super().__init__()
-        check_student(teacher.config, student)
         d_t = teacher.config.hidden_size
-        d_s = student.student_hidden_size
         self.teacher = teacher.requires_grad_(False)
         self.run_block = clone_block  # train.py may compile or checkpoint it
         self.chunk_loss = chunk_loss  # and compile this
         self.student_config = student
         self.loss_config = losses
-        self.config = dataclasses.replace(
-            teacher.config,
-            hidden_size=d_s,
-            rms_norm_eps=student.student_rms_norm_eps,
-            tie_word_embeddings=teacher.config.tie_word_embeddings and student.tie_head_projection,
-        )
+        self.composes = student.train != "weights"
+        self.config = config or student_shape(teacher.config, student)
+        # Which layer of the teacher stands beside each of the student's.
+        self.kept = student.student_layers or tuple(range(self.config.num_hidden_layers))
         self.mean_squares = None  # {activation: [layers]} of the teacher, from calibrate
-        self.layers = nn.ModuleList(CloneLayer(d_t, student, losses) for _ in teacher.layers)
+        self.layers = nn.ModuleList(StudentLayer(d_t, self.config, student, losses) for _ in self.kept)
+        d_s = self.config.hidden_size
+        vocabulary = self.config.vocab_size
         self.norm = nn.Parameter(torch.empty(d_s))
-        self.embedding_projection = nn.Parameter(torch.empty(d_t, d_s))
+        # Of embedding and head too: projections, free parts, or both.
+        self.embedding_projection = None
         self.head_projection = None
-        if not student.tie_head_projection:
+        self.embedding = None
+        self.head = None
+        if self.composes:
+            self.embedding_projection = nn.Parameter(torch.empty(d_t, d_s))
+        if self.composes and not student.tie_head_projection:
             self.head_projection = nn.Parameter(torch.empty(d_t, d_s))
+        if student.train != "projections":
+            self.embedding = nn.Parameter(torch.zeros(vocabulary, d_s))
+        if student.train != "projections" and not self.config.tie_word_embeddings:
+            self.head = nn.Parameter(torch.zeros(vocabulary, d_s))
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """{name: parameter} of everything that trains; what a checkpoint holds."""
+        """{name: parameter} of everything that trains."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("teacher.")}
+
+    def own_state(self) -> dict[str, Tensor]:
+        """trained(), and which neurons are kept: what a checkpoint holds."""
+        return self.trained() | {n: b for n, b in self.named_buffers() if not n.startswith("teacher.")}
+
+    def modules_of(self, i: int) -> list[nn.Module]:
+        """The modules that the weights of the student's layer i are made of."""
+        return [self.layers[i], self.teacher.layers[self.kept[i]]] if self.composes else [self.layers[i]]
 
     def forward(self, dtype: torch.dtype | None = None) -> dict:
         """compose(); a model's forward, since DDP and FSDP synchronise what is made in it."""
         return self.compose(dtype or self.teacher.dtype)
 
     def compose(self, dtype: torch.dtype) -> dict:
-        """The student's weights, but for those that are the teacher's own: {"layers": [{name: weight}],
-        "embedding_projection", "head", "norm"}."""
-        p_embedding = self.embedding_projection.to(dtype)
-        p_head = p_embedding if self.head_projection is None else self.head_projection.to(dtype)
-        layers = zip(self.layers, self.teacher.layers, strict=True)
-        return {
-            "layers": [layer(teacher, dtype) for layer, teacher in layers],
-            "embedding_projection": p_embedding,
-            "head": self.teacher.head_weight().to(dtype) @ p_head,
-            "norm": self.norm.to(dtype),
-        }
+        """The student's weights: {"layers": [{name: weight}], "norm", "embedding_projection" and "embedding",
+        whose parts of the student's embedding add up, and "head" where that is not "embedding"}."""
+        teacher_layers = [self.teacher.layers[k] if self.composes else None for k in self.kept]
+        layers = zip(self.layers, teacher_layers, strict=True)
+        weights = {"layers": [layer(teacher, dtype) for layer, teacher in layers]}
+        weights["norm"] = self.norm.to(dtype)
+        if self.embedding is not None:
+            weights["embedding"] = self.embedding.to(dtype)
+        if self.head is not None:
+            weights["head"] = self.head.to(dtype)
+        if self.composes:
+            p_embedding = self.embedding_projection.to(dtype)
+            p_head = p_embedding if self.head_projection is None else self.head_projection.to(dtype)
+            weights["embedding_projection"] = p_embedding
+            head = self.teacher.head_weight().to(dtype) @ p_head
+            free = weights.get("head", weights.get("embedding"))
+            weights["head"] = head if free is None else head + free
+        return weights
 
     def plain_weights(self, dtype: torch.dtype) -> dict:
         """The student's weights as a plain model of its shape has them; see Llama.forward."""
         weights = self.compose(dtype)
-        layers = zip(self.teacher.layers, weights["layers"], strict=True)
-        weights["layers"] = [teacher.weights(dtype) | composed for teacher, composed in layers]
-        weights["embedding"] = self.teacher.embedding.to(dtype) @ weights["embedding_projection"]
+        if self.composes:
+            embedding = self.teacher.embedding.to(dtype) @ weights["embedding_projection"]
+            weights["embedding"] = embedding + weights.get("embedding", 0)
         return weights
 
     @torch.no_grad()
@@ -772,7 +914,7 @@ class LowRankClone(nn.Module):
         weights = self.plain_weights(torch.float32)
         state = {name: weights[name].clone() for name in ("embedding", "norm")}
         if not self.config.tie_word_embeddings:
-            state["head"] = weights["head"]
+            state["head"] = weights["head"].clone()
         for i, layer in enumerate(weights["layers"]):
             state |= {f"layers.{i}.{name}": layer[name].clone() for name in self.config.layer_shapes()}
         with torch.device("meta"):
@@ -780,21 +922,42 @@ class LowRankClone(nn.Module):
         student.load_state_dict(state, strict=True, assign=True)
         return student
 
+    def names_in_plain_model(self) -> dict[str, str]:
+        """{name of a parameter of merge(): the free parameter here that it is}, with train="weights"."""
+        names = {name: name for name in ("embedding", "norm", "head") if getattr(self, name) is not None}
+        for i in range(len(self.layers)):
+            for name in self.config.layer_shapes():
+                inner = name if name in ("input_norm", "post_norm") else f"free.{name}"
+                names[f"layers.{i}.{name}"] = f"layers.{i}.{inner}"
+        return names
+
     def lock_step(self, ids: Tensor, student: dict, documents=None) -> Iterator[tuple]:
-        """The one walk over teacher and student together: yields (x_t [B, T, d_T], x_s [B, T, d_S], clone
-        losses) of every layer. ids [B, T]; student: forward()'s result; documents: document_layout's."""
+        """The one walk over teacher and student together: yields (layer of the student or None, x_t
+        [B, T, d_T], x_s [B, T, d_S], clone losses) of every layer that either has. ids [B, T]; student:
+        forward()'s result; documents: document_layout's."""
         teacher = self.teacher
         losses = self.loss_config
-        rope, mask = rope_and_mask(self.config, ids, documents)
+        configs = (teacher.config, self.config)
+        positions, mask = positions_and_mask(ids, documents)
+        ropes = (rope_table(teacher.config, positions), rope_table(self.config, positions))
         x_t = F.embedding(ids, teacher.embedding).to(teacher.dtype)
-        x_s = x_t @ student["embedding_projection"]
-        for i, (layer, weights) in enumerate(zip(teacher.layers, student["layers"], strict=True)):
-            compared = losses.clone_weight and i not in losses.clone_skip_layers
-            compare = (self.student_config, losses) if compared else None
-            configs = (teacher.config, self.config)
-            arguments = (weights, x_t, x_s, *configs, rope, mask, compare)
-            x_t, x_s, terms = layer(self.run_block, teacher.dtype, *arguments)
-            yield x_t, x_s, terms
+        x_s = 0
+        if "embedding_projection" in student:
+            x_s = x_t @ student["embedding_projection"]
+        if "embedding" in student:
+            x_s = x_s + F.embedding(ids, student["embedding"])
+        student_layer = {k: j for j, k in enumerate(self.kept)}
+        for i in range(max(len(teacher.layers), self.kept[-1] + 1)):
+            j = student_layer.get(i)
+            weights = None if j is None else student["layers"][j]
+            compares = j is not None and losses.clone_weight and j not in losses.clone_skip_layers
+            compare = (self.student_config, losses) if compares else None
+            arguments = (weights, x_t, x_s, configs, ropes, mask, compare)
+            if i < len(teacher.layers):
+                x_t, x_s, terms = teacher.layers[i](self.run_block, teacher.dtype, *arguments)
+            else:
+                x_t, x_s, terms = self.run_block(None, *arguments)
+            yield j, x_t, x_s, terms
 
     def loss(
         self, ids, labels, weights=None, num_labels=None, share=1.0, documents=None, temperature=None
@@ -809,15 +972,18 @@ class LowRankClone(nn.Module):
         losses = self.loss_config
         student = unheld(weights) or self()
         by_layer = []
-        for i, (x_t, x_s, terms) in enumerate(self.lock_step(ids, student, documents)):  # noqa: B007
+        # The last streams are what the heads read.
+        for j, x_t, x_s, terms in self.lock_step(ids, student, documents):  # noqa: B007
+            if j is None:
+                continue
             if self.mean_squares is not None:
-                terms = {name: loss / self.mean_squares[name][i] for name, loss in terms.items()}
+                terms = {name: loss / self.mean_squares[name][self.kept[j]] for name, loss in terms.items()}
             by_layer.append(terms)
         x_t = rms_norm(x_t, self.teacher.norm, self.teacher.config.rms_norm_eps)
         x_s = rms_norm(x_s, student["norm"], self.config.rms_norm_eps)
         result = head_loss(
             x_s,
-            student["head"],
+            head_of(student),
             labels,
             (x_t, self.teacher.head_weight()),
             losses.lm_weight,
@@ -837,8 +1003,9 @@ class LowRankClone(nn.Module):
         return result
 
     def effective_ranks(self, ids: Tensor, weights: dict) -> dict[str, list[float]]:
-        """Effective ranks of the residual streams after the first, two inner and the last layer: exp of the
-        entropy of the singular values of [B · T, D], normalised to sum 1 (Roy & Vetterli, 2007)."""
+        """Effective ranks of the residual streams after the first, two inner and the last layer of the
+        student: exp of the entropy of the singular values of [B · T, D], normalised to sum 1 (Roy & Vetterli,
+        2007)."""
 
         def effective_rank(x: Tensor) -> float:
             # The singular values are the roots of the Gram matrix's eigenvalues, and that is only D x D.
@@ -849,8 +1016,8 @@ class LowRankClone(nn.Module):
 
         last = len(self.layers) - 1
         ranks = {"rank_student": [], "rank_teacher": []}
-        for i, (x_t, x_s, _) in enumerate(self.lock_step(ids, weights)):
-            if i in {0, last // 3, 2 * last // 3, last}:
+        for j, x_t, x_s, _ in self.lock_step(ids, weights):
+            if j in {0, last // 3, 2 * last // 3, last}:
                 ranks["rank_student"].append(effective_rank(x_s))
                 ranks["rank_teacher"].append(effective_rank(x_t))
         return ranks
@@ -861,58 +1028,64 @@ class LowRankClone(nn.Module):
         return (hidden_states(weights, ids, self.config) @ head_of(weights).T).float()
 
     @torch.no_grad()
-    def calibrate(self, ids: Tensor) -> Tensor:
-        """Runs the teacher on ids [B, T] for what is to be known of it before training.
+    def calibrate(self, blocks: Iterable[Tensor]) -> Tensor:
+        """Runs the teacher on blocks of ids, [T] each, for what is to be known of it before training.
 
         With clone_scale="teacher" it sets mean_squares, by which clone losses are divided: the mean square of
-        each activation, the same for every batch and any number of devices. Returns the second moments
-        [d_T, d_T], float64, of the residual stream's directions x / |x|, averaged over tokens and over what
-        each layer and the head read; their trace is 1.
+        each activation, the same for every batch and any number of devices. Where the student has fewer FFN
+        neurons, it has those that add most energy to the stream. Returns the second moments [d_T, d_T],
+        float64, of the residual stream's directions x / |x|, averaged over tokens and over what each layer
+        and the head read; their trace is 1.
         """
+        teacher_layers = self.teacher.layers
         weights = self.teacher()
         squares = {}
         covariance = 0.0
-        for row in ids.split(1):
-            for i, (x, activations) in enumerate(walk(weights, row, self.teacher.config)):
+        count = 0
+        energies = self.norm.new_zeros(len(teacher_layers), self.teacher.config.intermediate_size)
+        for ids in blocks:
+            count += 1
+            for i, (x, activations) in enumerate(walk(weights, ids[None], self.teacher.config), start=-1):
                 directions = F.normalize(x[0].float(), dim=-1)
                 covariance = covariance + (directions.T @ directions).double()
                 for name, value in activations.items():
-                    layers = squares.setdefault(name, torch.zeros(len(self.layers), device=ids.device))
-                    layers[i - 1] += value.float().square().mean()
+                    layers = squares.setdefault(name, self.norm.new_zeros(len(teacher_layers)))
+                    layers[i] += value.float().square().mean()
+                if activations and self.layers[0].neurons is not None:
+                    hidden = F.silu(activations["gate"]) * activations["up"]
+                    down = weights["layers"][i]["down"]
+                    energies[i] += hidden.float().square().sum((0, 1)) * down.float().square().sum(0)
         if self.loss_config.clone_scale == "teacher":
-            self.mean_squares = {name: total / len(ids) for name, total in squares.items()}
+            self.mean_squares = {name: total / count for name, total in squares.items()}
+        for layer, k in zip(self.layers, self.kept, strict=True):
+            if layer.neurons is not None:
+                layer.neurons.copy_(energies[k].topk(len(layer.neurons)).indices.sort().values)
         return covariance / covariance.trace()
-
-
-def check_student(teacher: ModelConfig, student: StudentConfig) -> None:
-    """ValueError where a student of this width does not fit the teacher."""
-    d_t = teacher.hidden_size
-    d_s = student.student_hidden_size
-    heads = teacher.num_attention_heads
-    if not 0 < d_s < d_t:
-        raise ValueError(
-            f"student_hidden_size is {d_s}; it must be between 1 and {d_t - 1} (the teacher has {d_t})"
-        )
-    if teacher.model_type == "llama" and d_s % heads:
-        low = d_s // heads * heads
-        near = " or ".join(str(size) for size in (low, low + heads) if 0 < size < d_t)
-        raise ValueError(
-            f"student_hidden_size is {d_s}; a llama needs a multiple of its {heads} heads: {near}"
-        )
 
 
 # ---- how a clone starts
 
 
 def init_clone(clone: LowRankClone, seed: int, init: str, covariance: Tensor | None = None) -> LowRankClone:
-    """Sets projections and norms; the same for the same seed and covariance, calibrate()'s result.
+    """Sets projections, norms and free weights; the same for the same seed and covariance, calibrate()'s.
 
     "random": N(0, 0.02) and ones, as the authors' code. "orthogonal": orthonormal columns and ones. "channel"
     (after arXiv 2605.29327) and "pca": the student's stream is the teacher's in one basis U [d_T, d_S], the
-    channels or the principal directions with most of its energy.
+    channels or the principal directions with most of its energy. Free weights beside projections stay
+    at zero; alone, they start as what the projections would compose.
     """
+    if not clone.composes:
+        config = dataclasses.replace(clone.student_config, train="projections")
+        with clone.norm.device:
+            start = LowRankClone(clone.teacher, config, clone.loss_config)
+        for layer, other in zip(start.layers, clone.layers, strict=True):
+            layer.neurons = other.neurons
+        start_from_clone(clone, init_clone(start, seed, init, covariance))
+        return clone
     generator = torch.Generator().manual_seed(seed)
     for name, weight in clone.trained().items():
+        if is_free(name):
+            continue
         if name.endswith("norm"):
             nn.init.ones_(weight)
         elif init == "orthogonal":
@@ -938,6 +1111,22 @@ def init_clone(clone: LowRankClone, seed: int, init: str, covariance: Tensor | N
     return clone
 
 
+def is_free(name: str) -> bool:
+    """Whether a trained parameter of a clone is a weight of the student itself, by its name."""
+    return ".free." in name or name in ("embedding", "head")
+
+
+@torch.no_grad()
+def start_from_clone(student: LowRankClone, clone: LowRankClone) -> None:
+    """Sets free weights to what a clone of the same shape composes, and their projections to the clone's."""
+    merged = clone.merge()
+    for theirs, ours in student.names_in_plain_model().items():
+        student.get_parameter(ours).copy_(merged.get_parameter(theirs))
+    for layer, other in zip(student.layers, clone.layers, strict=True):
+        for name in layer.compared:
+            layer.projection(name).copy_(other.projection(name))
+
+
 def rms(x: Tensor) -> Tensor:
     return x.double().square().mean().sqrt()
 
@@ -960,7 +1149,8 @@ def init_from_basis(clone: LowRankClone, basis: Tensor, covariance: Tensor, bala
         for projection in projections:
             projection.data.copy_(teacher_norm.double()[:, None] / rms(teacher_norm) * read)
 
-    for layer, teacher in zip(clone.layers, clone.teacher.layers, strict=True):
+    for layer, k in zip(clone.layers, clone.kept, strict=True):
+        teacher = clone.teacher.layers[k]
         absorb(layer.input_norm, [layer.projection(name) for name in ("q", "k", "v")], teacher.input_norm)
         absorb(layer.post_norm, [layer.projection(name) for name in ("gate", "up")], teacher.post_norm)
         for name in WRITES:

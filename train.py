@@ -20,9 +20,16 @@ from typing import Literal
 
 # what to train
 teacher: str | dict | None = "data/quickstart/teacher"  # Hugging Face directory to clone; None: a plain LM
-student_hidden_size = 96  # d_S, width of the student's residual stream; its other sizes are the teacher's
+train: Literal["projections", "both", "weights"] = "projections"  # of the student: W P; W P + R; W of its own
+student_hidden_size = 96  # d_S, width of the student's residual stream
+student_layers: int | tuple | None = (
+    None  # the teacher's layers to keep: indices, or a number of them; None: all
+)
+student_intermediate_size: int | None = None  # FFN neurons to keep, those that add most; None: all
 model_config: dict | str | None = None  # shape of a plain LM: config.json's fields, or its directory
-init_from: str | None = None  # start from this: Hugging Face directory (a plain LM), or a clone's checkpoint
+init_from: str | None = (
+    None  # start from this: a clone's checkpoint, or with train=weights any Hugging Face model
+)
 tokenizer: str | None = None  # directory whose tokenizer goes into the checkpoints; None: the teacher's
 init: Literal["random", "orthogonal", "channel", "pca"] = "pca"  # of the projections; paper: random
 share_qkv = False  # one projection for q, k and v, and one clone loss on their input in place of three
@@ -51,6 +58,9 @@ seed = 1  # of the initial weights and the order of the data
 max_steps = 100  # optimizer steps of the run; 0: as many as `epochs` takes
 epochs = 1.0  # passes over the data, where max_steps is 0
 learning_rate = 3e-3  # peak
+free_learning_rate: float | None = (
+    None  # peak of the student's own weights (train = both, weights); None: the same
+)
 lr_schedule: Literal["linear", "cosine", "warmup_stable_decay", "constant"] = "linear"  # after the warmup
 warmup_ratio = 0.05  # of max_steps, linear from 0
 decay_ratio = 0.1  # of max_steps, the last part of warmup_stable_decay
@@ -86,6 +96,7 @@ if __name__ == "__main__":
     options = configure(globals())
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -236,9 +247,8 @@ def release(model, weights: dict, held: models.Held) -> None:
         # Until the last backward FSDP must not tidy up, or it throws away what is being gathered.
         model.set_is_last_backward(i == 0)
         if i > 0:
-            model.layers[i - 1].unshard(async_op=True)
-            if isinstance(model, models.LowRankClone):
-                model.teacher.layers[i - 1].unshard(async_op=True)
+            for module in model.modules_of(i - 1):
+                module.unshard(async_op=True)
 
     if isinstance(model, FSDPModule):
         models.release(weights, held, gather_next)
@@ -292,26 +302,59 @@ def loss_config() -> models.LossConfig:
     )
 
 
+def student_config(teacher_layers: int) -> models.StudentConfig:
+    layers = student_layers
+    if isinstance(layers, int):
+        layers = models.spread_layers(layers, teacher_layers)
+    return models.StudentConfig(
+        student_hidden_size,
+        share_qkv,
+        share_gate_up,
+        tie_head_projection,
+        student_rms_norm_eps,
+        train,
+        layers,
+        student_intermediate_size,
+    )
+
+
 def build_model(compute_dtype: torch.dtype) -> models.LowRankClone | models.Llama:
     """The clone or the plain LM that the options describe, its own weights not yet set."""
-    plain_start = init_from is not None and not convert.is_clone(convert.resolve(init_from))
-    if teacher is not None and not (eval_only and plain_start):
-        student = models.StudentConfig(
-            student_hidden_size, share_qkv, share_gate_up, tie_head_projection, student_rms_norm_eps
-        )
-        losses = loss_config()
-        clone = models.LowRankClone(load_teacher(compute_dtype), student, losses)
-        if not set(clone_skip_layers) <= set(range(len(clone.layers))):
-            raise ValueError(f"clone_skip_layers is {clone_skip_layers}; the teacher has {len(clone.layers)}")
-        return clone
-    shape = model_config or init_from
-    if shape is None:
+    source = convert.resolve(init_from) if init_from else None
+    from_plain = source is not None and not convert.is_clone(source)
+    if teacher is None:
+        return build_plain_model(source, compute_dtype)
+    frozen = load_teacher(compute_dtype)
+    student = student_config(len(frozen.layers))
+    losses = loss_config()
+    shape = None
+    if from_plain and (train == "weights" or eval_only):
+        # Any model with the teacher's vocabulary is a student.
+        shape = convert.read_config(source)
+        if shape.vocab_size != frozen.config.vocab_size:
+            sizes = f"{shape.vocab_size} tokens; the teacher has {frozen.config.vocab_size}"
+            raise ValueError(f"{source} has {sizes}: a student needs the teacher's vocabulary")
+        student = dataclasses.replace(student, train="weights", share_qkv=False, share_gate_up=False)
+        reasons = models.terms_without_equal_shapes(frozen.config, shape, student)
+        if convert.has_projections(source):
+            reasons = {name: why for name, why in reasons.items() if name not in ("attn_out", "mlp_out")}
+        losses = dataclasses.replace(losses, clone_skip=(*clone_skip, *reasons))
+        if reasons and clone_weight and not eval_only:
+            print0(f"clone terms left out: {', '.join(f'{name} ({why})' for name, why in reasons.items())}")
+    clone = models.LowRankClone(frozen, student, losses, shape)
+    if not set(clone_skip_layers) <= set(range(len(clone.layers))):
+        raise ValueError(f"clone_skip_layers is {clone_skip_layers}; the student has {len(clone.layers)}")
+    return clone
+
+
+def build_plain_model(source: Path | None, compute_dtype: torch.dtype) -> models.Llama:
+    if isinstance(model_config, dict):
+        return models.Llama(convert.from_hf(model_config, "model_config"), compute_dtype)
+    if model_config is None and source is None:
         raise ValueError(
             "teacher is None, so a plain LM is trained: give model_config, its shape, or init_from"
         )
-    if isinstance(shape, dict):
-        return models.Llama(convert.from_hf(shape, "model_config"), compute_dtype)
-    return models.Llama(convert.read_config(convert.resolve(shape)), compute_dtype)
+    return models.Llama(convert.read_config(model_config or source), compute_dtype)
 
 
 def open_data(vocab_size: int, tokenizer_dir: str | None) -> tuple[Mixture, Mixture | None]:
@@ -340,10 +383,11 @@ def start_weights(model, train_data: Mixture, checkpoint_path: Path | None, devi
     covariance = None
     if isinstance(model, models.LowRankClone) and (clone_scale == "teacher" or init in ("channel", "pca")):
         # 16k tokens: the same ones on any number of processes, and when resumed
-        ids = train_data.batch(0, max(1, 2**14 // seq_len)).ids
-        covariance = model.calibrate(to_device(ids, device))
+        ids = to_device(train_data.batch(0, max(1, 2**14 // seq_len)).ids, device)
+        bar = tqdm(ids, desc="calibrating", unit="block", leave=False, disable=None if RANK == 0 else True)
+        covariance = model.calibrate(bar)
     if checkpoint_path is not None:
-        load_weights(checkpoint_path, model)
+        convert.load_weights(checkpoint_path, model)
     elif isinstance(model, models.LowRankClone):
         models.init_clone(model, seed, init, covariance)
     else:
@@ -361,12 +405,16 @@ def speed_up(model, device: torch.device) -> None:
 
 
 def make_optimizer(model) -> torch.optim.AdamW:
-    parameters = trained_parameters(model).values()
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
+    """AdamW; a group's "rate" is its learning rate over `learning_rate`."""
+    groups = {}
+    for name, p in trained_parameters(model).items():
+        decay = weight_decay if p.ndim > 1 else 0.0
+        rate = 1.0
+        if free_learning_rate is not None and models.is_free(name):
+            rate = free_learning_rate / learning_rate
+        group = groups.setdefault((decay, rate), {"params": [], "weight_decay": decay, "rate": rate})
+        group["params"].append(p)
+    return torch.optim.AdamW(groups.values(), lr=learning_rate, betas=(beta1, beta2), fused=True)
 
 
 def learning_rate_at(step: int, steps: int) -> float:
@@ -555,8 +603,9 @@ def print_samples(path: Path, tokenizer_dir: str, prompt: str) -> None:
 
 # options that decide what is computed: a resumed run must have the same
 TRAJECTORY = (
-    "teacher", "student_hidden_size", "model_config", "share_qkv", "share_gate_up", "tie_head_projection",
-    "student_rms_norm_eps", "data", "seq_len", "global_batch_size", "mask_documents", "sft", "seed",
+    "teacher", "train", "student_hidden_size", "student_layers", "student_intermediate_size", "model_config",
+    "share_qkv", "share_gate_up", "tie_head_projection", "student_rms_norm_eps", "data", "seq_len",
+    "global_batch_size", "mask_documents", "sft", "seed",
 )  # fmt: skip
 
 
@@ -578,17 +627,15 @@ def save_checkpoint(
     path = Path(out_dir) / f"step_{step:08d}"
     partial = path.with_name(path.name + ".partial")
     error = None
-    tensors = {name: unshard(p.detach()).float() for name, p in trained_parameters(model).items()}
+    own = trained_parameters(model) | dict(model.named_buffers())
+    tensors = {name: unshard(tensor.detach()) for name, tensor in own.items()}
     moments = adam_state(model, optimizer)
     taken = next((int(values["step"]) for values in optimizer.state.values()), 0)
     try:
         if RANK == 0:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / "trainer").mkdir(parents=True)
-            if teacher_print:
-                convert.save_clone(model, partial, teacher, tokenizer_dir, tensors, teacher_print)
-            else:
-                convert.save_model(model, partial, torch.float32, tokenizer_dir, state=tensors)
+            convert.save_weights(model, partial, tensors, tokenizer_dir, teacher, teacher_print)
             state = {"step": step, "optimizer_steps": taken, "options": options}
             (partial / "trainer" / "state.json").write_text(json.dumps(state, indent=2))
     except (OSError, SafetensorError) as failure:
@@ -631,30 +678,11 @@ def read_state(path: Path) -> dict:
     """The checkpoint's {step, optimizer_steps, options}; ValueError where it belongs to another run."""
     state = convert.read_json(path / "trainer" / "state.json")
     for name in TRAJECTORY:
-        saved = state["options"].get(name)
+        saved = state["options"].get(name, "projections" if name == "train" else None)
         now = json.loads(json.dumps(options[name]))
         if saved != now:
             raise ValueError(f"{path} has {name} = {saved!r}, not {now!r}; a resumed run must keep it")
     return state
-
-
-@torch.no_grad()
-def load_weights(path: Path, model) -> None:
-    """Takes a model's own weights from a checkpoint or Hugging Face directory that must fit it exactly."""
-    clone = isinstance(model, models.LowRankClone)
-    saved_clone = convert.is_clone(path)
-    if clone != saved_clone:
-        saved = "a clone" if saved_clone else "a plain model"
-        wanted = "a clone" if clone else "a plain model"
-        raise ValueError(f"{path} is {saved}; this run trains {wanted} (teacher is {teacher!r})")
-    parameters = trained_parameters(model)
-    names = {name: name for name in parameters}
-    if not clone:
-        names = {theirs: ours for theirs, (ours, _) in convert.weight_names(model.config).items()}
-    expected = {theirs: tuple(parameters[ours].shape) for theirs, ours in names.items()}
-    ignored = () if "lm_head.weight" in names else ("lm_head.weight",)
-    for theirs, tensor in convert.read_tensors(convert.weight_files(path), expected, ignored).items():
-        parameters[names[theirs]].copy_(tensor)
 
 
 def load_optimizer(path: Path, model, optimizer, steps: int) -> None:
@@ -841,7 +869,7 @@ def main() -> None:
     for step in range(start, steps):
         lr = learning_rate_at(step, steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]
 
         add(sums, backward_step(model, make_weights, train_data, step, device))
         grad_norm = take_step(optimizer, parameters)
