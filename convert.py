@@ -447,19 +447,20 @@ def save_weights(
 ) -> None:  # fmt: skip
     """Writes the weights of a run's checkpoint, tensors: the model's own, whole.
 
-    A plain model and a student of free weights are Hugging Face directories. Beside the latter's weights are
-    the projections of its clone losses, in a file of their own.
+    A plain model and a student of free weights are Hugging Face directories. What clone losses compare the
+    latter by (projections, and which neurons are kept) is in a file of its own.
     """
     if isinstance(model, LowRankClone) and model.composes:
         save_clone(model, path, teacher, tokenizer, tensors, teacher_fingerprint)
         return
-    state = tensors
+    names = {name: name for name in tensors}
     if isinstance(model, LowRankClone):
-        state = {theirs: tensors[ours] for theirs, ours in model.names_in_plain_model().items()}
+        names = model.names_in_plain_model()
+    state = {theirs: tensors[ours] for theirs, ours in names.items()}
     save_model(model, path, torch.float32, tokenizer, state=state)
-    projections = {name: tensors[name] for name in tensors if ".projections." in name}
-    if projections:
-        save_file(projections, path / PROJECTIONS_FILE, metadata={"format": "pt"})
+    others = {name: tensor for name, tensor in tensors.items() if name not in names.values()}
+    if others:
+        save_file(others, path / PROJECTIONS_FILE, metadata={"format": "pt"})
 
 
 @torch.no_grad()
@@ -467,7 +468,12 @@ def load_weights(path: Path, model: Llama | LowRankClone) -> None:
     """Sets a model's own weights from a checkpoint or Hugging Face directory that must fit it exactly."""
     clone = isinstance(model, LowRankClone)
     if is_clone(path) and clone and not model.composes:
-        start_from_clone(model, load_clone(path))
+        start = load_clone(path)
+        if (start.kept, start.config) != (model.kept, model.config):
+            raise ValueError(
+                f"{path} is a student of another shape or of other layers than these options say"
+            )
+        start_from_clone(model, start)
         return
     if is_clone(path) != (clone and model.composes):
         saved = "a clone" if is_clone(path) else "a plain model"
@@ -485,13 +491,12 @@ def load_weights(path: Path, model: Llama | LowRankClone) -> None:
     expected = {theirs: tuple(own[ours].shape) for theirs, ours in names.items()}
     ignored = () if "lm_head.weight" in names else ("lm_head.weight",)
     tensors = read_tensors(files, expected, ignored)
-    if clone and not model.composes:
-        projections = [name for name in own if ".projections." in name]
-        if has_projections(path):
-            shapes = {name: tuple(own[name].shape) for name in projections}
-            tensors |= read_tensors([path / PROJECTIONS_FILE], shapes)
-        else:  # of a student as wide as its teacher: the two streams are compared as they are
-            tensors |= {name: torch.eye(len(own[name])) for name in projections}
+    others = [name for name in own if not is_clone(path) and name not in names.values()]
+    if has_projections(path):
+        shapes = {name: tuple(own[name].shape) for name in others}
+        tensors |= read_tensors([path / PROJECTIONS_FILE], shapes)
+    else:  # of a student as wide as its teacher: the two streams are compared as they are
+        tensors |= {name: torch.eye(len(own[name])) for name in others}
     for theirs, tensor in tensors.items():
         own[names.get(theirs, theirs)].copy_(tensor)
 

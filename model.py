@@ -332,8 +332,8 @@ def chunk_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, te
     """What each token of a chunk costs: logits [n, V], float32, and labels [n] -> {name: [n]}.
 
     "lm" is the cross entropy, 0 where the label is -100; "kl" is KL(teacher ‖ student) at the temperature;
-    "teacher_lm", only at temperature 1, the teacher's cross entropy. Any differentiable function may stand
-    here: its gradient is autograd's.
+    "teacher_lm", only at temperature 1, the teacher's cross entropy; "agreement", in evaluations, 1 where
+    both have the same likeliest token. Any differentiable function may stand here: autograd has its gradient.
     """
     labelled = labels != -100
     label = labels.clamp(min=0)[:, None]
@@ -357,6 +357,8 @@ def chunk_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, te
     costs["kl"] = log_sum - teacher_log_sum - expected_difference
     if temperature == 1.0:
         costs["teacher_lm"] = cross_entropy(teacher_logits, teacher_log_sum)
+    if not logits.requires_grad:
+        costs["agreement"] = (logits.argmax(-1) == teacher_logits.argmax(-1)).float()
     return costs
 
 
@@ -394,7 +396,7 @@ class ChunkedLoss(torch.autograd.Function):
     hidden [N, D], head [V, D], labels [N] (-100: no label), teacher_hidden [N, D_T] and teacher_head [V, D_T]
     or None. The gradients of hidden and head are formed in the forward pass, chunk by chunk, so that backward
     only scales them: O(chunk · V) memory and no logits computed twice. Returns (loss, the tokens' lm [N], kl
-    [N], teacher_lm [N]); the loss alone is differentiable, once.
+    [N], teacher_lm [N], agreement [N]); the loss alone is differentiable, once.
     """
 
     @staticmethod
@@ -402,7 +404,8 @@ class ChunkedLoss(torch.autograd.Function):
         lm_scale, kl_scale, temperature = scales
         tokens = hidden.shape[0]
         wide = torch.promote_types(hidden.dtype, torch.float32)  # float32, or float64 to check gradients in
-        costs = {name: hidden.new_zeros(tokens, dtype=wide) for name in ("lm", "kl", "teacher_lm")}
+        names = ("lm", "kl", "teacher_lm", "agreement")
+        costs = {name: hidden.new_zeros(tokens, dtype=wide) for name in names}
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         head_grad = torch.zeros_like(head, dtype=wide) if needs_head else None
@@ -464,14 +467,17 @@ def head_loss(
 
     CE is a mean over the labelled tokens, KL over all. Where the batch is a part of a larger one, num_labels
     is the labels in the whole and share this part of its tokens: losses of the parts then add up to the
-    whole's. Returns {"loss", "lm", "kl", "teacher_lm", "token_lm"}: scalars, and the CE of each token [B, T].
+    whole's. Returns {"loss", "lm", "kl", "teacher_lm", "agreement", "token_lm"}: scalars, and the CE of each
+    token [B, T].
     """
     labels = labels.flatten()
+    if not torch.is_grad_enabled():
+        head = head.detach()  # else its gradient would be formed
     if num_labels is None:
         num_labels = (labels != -100).sum().clamp(min=1)
     tokens = labels.numel()
     teacher_hidden, teacher_head = (None, None) if teacher is None else teacher
-    loss, lm, kl, teacher_lm = ChunkedLoss.apply(
+    loss, lm, kl, teacher_lm, agreement = ChunkedLoss.apply(
         hidden.flatten(0, 1),
         head,
         labels,
@@ -484,6 +490,8 @@ def head_loss(
     result = {"loss": loss, "lm": lm.sum() / num_labels, "token_lm": lm.view(hidden.shape[:-1])}
     if teacher is not None:
         result["kl"] = kl.sum() * share / tokens
+    if teacher is not None and not torch.is_grad_enabled():
+        result["agreement"] = agreement.sum() * share / tokens
     if teacher is not None and temperature == 1.0:
         result["teacher_lm"] = teacher_lm.sum() / num_labels
     return result
@@ -769,24 +777,28 @@ def projections_compared(student: StudentConfig, losses: LossConfig | None) -> l
 
 
 def terms_without_equal_shapes(
-    teacher: ModelConfig, shape: ModelConfig, student: StudentConfig
+    teacher: ModelConfig, shape: ModelConfig, student: StudentConfig, losses: LossConfig
 ) -> dict[str, str]:
     """{clone loss: why a student of any shape cannot have it}, without projections of its own."""
     layers = len(student.student_layers or range(teacher.num_hidden_layers))
     if shape.num_hidden_layers != layers:
         why = f"the student has {shape.num_hidden_layers} layers, not {layers}"
         return dict.fromkeys(("q", "k", "v", "attn_out", "gate", "up", "mlp_out"), why)
-    sizes = {"hidden_size": ("attn_out", "mlp_out")}
-    if teacher.head_dim != shape.head_dim:
-        sizes["head_dim"] = ("q", "k", "v")
-    sizes |= {"num_attention_heads": ("q",), "num_key_value_heads": ("k", "v")}
-    sizes["intermediate_size"] = ("gate", "up")
+    heads = ("num_attention_heads", "head_dim")
+    needs = {"q": heads, "k": ("num_key_value_heads", "head_dim"), "attn_out": heads}
+    needs |= dict.fromkeys(("gate", "up", "mlp_out"), ("intermediate_size",))
+    if losses.clone_attn_out == "student":
+        needs["attn_out"] = ("hidden_size",)
+    if losses.clone_mlp_out == "student":
+        needs["mlp_out"] = ("hidden_size",)
+    needs["v"] = needs["k"]
     reasons = {}
-    for field, names in sizes.items():
-        ours = getattr(shape, field)
-        theirs = getattr(teacher, field)
-        if ours != theirs:
-            reasons |= dict.fromkeys(names, f"{field} {ours}, not {theirs}")
+    for name, fields in needs.items():
+        for field in fields:
+            ours = getattr(shape, field)
+            theirs = getattr(teacher, field)
+            if ours != theirs:
+                reasons[name] = f"{field} {ours}, not {theirs}"
     return reasons
 
 
@@ -813,7 +825,7 @@ def clone_block(
             x_t, t = block(x_t, teacher, configs[0], ropes[0], mask)
     if student is not None:
         x_s, s = block(x_s, student, configs[1], ropes[1], mask)
-    if compare is None:
+    if compare is None or teacher is None:
         return x_t, x_s, {}
     p = {name.removeprefix("P_"): weight for name, weight in student.items() if name.startswith("P_")}
     neurons = student.get("neurons")

@@ -31,6 +31,7 @@ init_from: str | None = (
     None  # start from this: a clone's checkpoint, or with train=weights any Hugging Face model
 )
 tokenizer: str | None = None  # directory whose tokenizer goes into the checkpoints; None: the teacher's
+calibration_tokens = 16384  # tokens on which the teacher is looked at before training
 init: Literal["random", "orthogonal", "channel", "pca"] = "pca"  # of the projections; paper: random
 share_qkv = False  # one projection for q, k and v, and one clone loss on their input in place of three
 share_gate_up = False  # one projection for gate and up, likewise
@@ -88,7 +89,9 @@ activation_checkpointing = False  # keep only the layers' inputs; each layer run
 parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: replicas of everything, or shards (FSDP2)
 replicas = 1  # of the shards, for fsdp: number of nodes to shard within each and replicate across (HSDP)
 device: str | None = None  # None: cuda where there is one, or cpu
-dtype: Literal["float32", "bfloat16"] | None = None  # to compute in; None: bfloat16 on cuda, float32 on cpu
+dtype: Literal["float32", "bfloat16", "float16"] | None = (
+    None  # to compute in; None: bfloat16 on cuda, float32 on cpu
+)
 
 if __name__ == "__main__":
     from configurator import configure
@@ -107,6 +110,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -138,9 +142,10 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 QUICKSTART = "data/quickstart"
 
 
-def print0(text: str, bar=None) -> None:
+def print0(text: str) -> None:
+    """On one process, above a bar where there is one."""
     if RANK == 0:
-        (bar.write if bar else print)(text)
+        tqdm.write(text)
 
 
 # ---- one process or many, a CPU or GPUs
@@ -328,16 +333,16 @@ def build_model(compute_dtype: torch.dtype) -> models.LowRankClone | models.Llam
     student = student_config(len(frozen.layers))
     losses = loss_config()
     shape = None
-    if from_plain and (train == "weights" or eval_only):
-        # Any model with the teacher's vocabulary is a student.
+    if from_plain and (eval_only or (train == "weights" and not convert.has_projections(source))):
+        # Any model with the vocabulary is a student; what a run here left is as its options say.
         shape = convert.read_config(source)
         if shape.vocab_size != frozen.config.vocab_size:
             sizes = f"{shape.vocab_size} tokens; the teacher has {frozen.config.vocab_size}"
             raise ValueError(f"{source} has {sizes}: a student needs the teacher's vocabulary")
-        student = dataclasses.replace(student, train="weights", share_qkv=False, share_gate_up=False)
-        reasons = models.terms_without_equal_shapes(frozen.config, shape, student)
-        if convert.has_projections(source):
-            reasons = {name: why for name, why in reasons.items() if name not in ("attn_out", "mlp_out")}
+        student = dataclasses.replace(
+            student, train="weights", share_qkv=False, share_gate_up=False, student_intermediate_size=None
+        )
+        reasons = models.terms_without_equal_shapes(frozen.config, shape, student, losses)
         losses = dataclasses.replace(losses, clone_skip=(*clone_skip, *reasons))
         if reasons and clone_weight and not eval_only:
             print0(f"clone terms left out: {', '.join(f'{name} ({why})' for name, why in reasons.items())}")
@@ -355,6 +360,15 @@ def build_plain_model(source: Path | None, compute_dtype: torch.dtype) -> models
             "teacher is None, so a plain LM is trained: give model_config, its shape, or init_from"
         )
     return models.Llama(convert.read_config(model_config or source), compute_dtype)
+
+
+def tokenizer_directory() -> str | None:
+    """Where the tokenizer of the model that is trained, or evaluated, is."""
+    if eval_only and tokenizer is None:
+        source = convert.resolve(init_from)
+        if (source / "tokenizer.json").is_file():
+            return str(source)
+    return tokenizer or teacher or init_from
 
 
 def open_data(vocab_size: int, tokenizer_dir: str | None) -> tuple[Mixture, Mixture | None]:
@@ -378,12 +392,16 @@ def open_data(vocab_size: int, tokenizer_dir: str | None) -> tuple[Mixture, Mixt
     return train_data, Mixture(dict.fromkeys(sources), "heldout", seq_len, 0, sft)
 
 
+def needs_calibration() -> bool:
+    return clone_scale == "teacher" or init in ("channel", "pca") or student_intermediate_size is not None
+
+
 def start_weights(model, train_data: Mixture, checkpoint_path: Path | None, device: torch.device) -> None:
     """Calibrates a clone, and sets the model's own weights: from a checkpoint, or by init and seed."""
     covariance = None
-    if isinstance(model, models.LowRankClone) and (clone_scale == "teacher" or init in ("channel", "pca")):
+    if isinstance(model, models.LowRankClone) and needs_calibration():
         # 16k tokens: the same ones on any number of processes, and when resumed
-        ids = to_device(train_data.batch(0, max(1, 2**14 // seq_len)).ids, device)
+        ids = to_device(train_data.batch(0, max(1, calibration_tokens // seq_len)).ids, device)
         bar = tqdm(ids, desc="calibrating", unit="block", leave=False, disable=None if RANK == 0 else True)
         covariance = model.calibrate(bar)
     if checkpoint_path is not None:
@@ -460,7 +478,7 @@ def forward(model, weights, blocks, first: int, count: int, whole: int, labels: 
     if mask_documents:
         options["documents"] = models.document_layout(batch.documents, device)
     losses = model.loss(ids, targets, weights, num_labels=labels, share=count / whole, **options)
-    scalars = ("loss", "lm", "kl", "clone", "teacher_lm")
+    scalars = ("loss", "lm", "kl", "clone", "teacher_lm", "agreement")
     metrics = {name: losses[name].detach() for name in scalars if name in losses}
     for name, values in losses.get("terms", {}).items():
         metrics[f"clone_{name}"] = values.detach()
@@ -545,7 +563,7 @@ def evaluate(model, heldout: Mixture, device: torch.device) -> dict:
     labels = heldout.count_labels(0, blocks)
     size, _ = split_batch()
     starts = range(0, blocks, size * WORLD_SIZE)
-    for start in tqdm(starts, desc="evaluating", leave=False, disable=RANK > 0):
+    for start in tqdm(starts, desc="evaluating", leave=False, disable=None if RANK == 0 else True):
         first = start + RANK * size
         count = min(size, blocks - first)
         is_real = count > 0
@@ -570,11 +588,8 @@ def summary(values: dict) -> str:
 
 
 def report_evaluation(model, heldout: Mixture, device: torch.device) -> None:
-    """Evaluates the model and, where there is one, its teacher; prints one line of JSON."""
+    """Evaluates the model, beside its teacher where there is one; prints one line of JSON."""
     values = evaluate(model, heldout, device)
-    if isinstance(model, models.Llama) and isinstance(teacher, str):
-        reference = load_teacher(model.dtype).to(device)
-        values["val_teacher_lm"] = evaluate(reference, heldout, device)["val_lm"]
     values["val_perplexity"] = math.exp(values["val_lm"])
     if "val_teacher_lm" in values:
         values["val_teacher_perplexity"] = math.exp(values["val_teacher_lm"])
@@ -586,10 +601,10 @@ def report_evaluation(model, heldout: Mixture, device: torch.device) -> None:
 def print_samples(path: Path, tokenizer_dir: str, prompt: str) -> None:
     """Continues the prompt by the model of a checkpoint, and by its teacher."""
     saved = convert.load_checkpoint(path)
-    if teacher is None:
-        speakers = {"model": saved}
-    else:
-        speakers = {"student": saved.merge(), "teacher": saved.teacher}
+    merged = saved.merge() if isinstance(saved, models.LowRankClone) else saved
+    speakers = (
+        {"model": merged} if teacher is None else {"student": merged, "teacher": load_teacher(torch.float32)}
+    )
     tokens = load_tokenizer(tokenizer_dir)
     bos, eos = special_ids(tokens, tokenizer_dir)
     ids = bos + tokens.encode(prompt, add_special_tokens=False).ids
@@ -606,6 +621,12 @@ TRAJECTORY = (
     "teacher", "train", "student_hidden_size", "student_layers", "student_intermediate_size", "model_config",
     "share_qkv", "share_gate_up", "tie_head_projection", "student_rms_norm_eps", "data", "seq_len",
     "global_batch_size", "mask_documents", "sft", "seed",
+)  # fmt: skip
+
+# options of the learning rate, which a resumed run may change
+SCHEDULE = (
+    "max_steps", "epochs", "learning_rate", "free_learning_rate", "lr_schedule", "warmup_ratio",
+    "decay_ratio",
 )  # fmt: skip
 
 
@@ -643,7 +664,9 @@ def save_checkpoint(
     if not on_any_rank(error is not None):
         try:
             writer = HuggingFaceStorageWriter(str(partial / "trainer"), save_distributed=True)
-            save_distributed(moments, storage_writer=writer, no_dist=WORLD_SIZE == 1)
+            with warnings.catch_warnings():  # that one process is alone is no news
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                save_distributed(moments, storage_writer=writer, no_dist=WORLD_SIZE == 1)
         except (OSError, SafetensorError, CheckpointException) as failure:
             error = failure
     if on_any_rank(error is not None):
@@ -682,13 +705,18 @@ def read_state(path: Path) -> dict:
         now = json.loads(json.dumps(options[name]))
         if saved != now:
             raise ValueError(f"{path} has {name} = {saved!r}, not {now!r}; a resumed run must keep it")
+    for name in SCHEDULE:
+        if name in state["options"] and state["options"][name] != options[name]:
+            print0(f"{name} was {state['options'][name]} and is {options[name]} from here on")
     return state
 
 
 def load_optimizer(path: Path, model, optimizer, steps: int) -> None:
     """Takes AdamW's state from a checkpoint of any number of ranks, ddp or fsdp."""
     reader = HuggingFaceStorageReader(str(path / "trainer"))
-    load_distributed(adam_state(model, optimizer), storage_reader=reader, no_dist=WORLD_SIZE == 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        load_distributed(adam_state(model, optimizer), storage_reader=reader, no_dist=WORLD_SIZE == 1)
     for values in optimizer.state.values():
         values["step"].fill_(steps)
 
@@ -766,7 +794,10 @@ def print_end(saved: Path | None, tokenizer_dir: str | None, values: dict) -> No
         print(line)
     if saved:
         print(f"sample it:           python sample.py --model={out_dir}")
-        print(f"export it:           python convert.py --checkpoint={out_dir} --out=student")
+        if convert.is_clone(saved):
+            print(f"export it:           python convert.py --checkpoint={out_dir} --out=student")
+        else:
+            print(f"it is a Hugging Face directory: {saved}")
         if teacher == f"{QUICKSTART}/teacher":
             print("a real model next:   python train.py config/smollm2_135m.py  (it says what to download)")
 
@@ -776,9 +807,24 @@ def print_end(saved: Path | None, tokenizer_dir: str | None, values: dict) -> No
 
 def check_options() -> None:
     """Refuses what can be refused before anything is loaded: ValueError, one line."""
-    for name in ("seq_len", "global_batch_size", "micro_batch_size", "log_every", "eval_blocks", "replicas"):
-        if globals()[name] < 1:
-            raise ValueError(f"{name} is {globals()[name]}; it must be at least 1")
+
+    def refuse(names: str, is_right, allowed: str) -> None:
+        for name in names.split():
+            value = globals()[name]
+            if value is not None and not is_right(value):
+                raise ValueError(f"{name} is {value}; it must be {allowed}")
+
+    counts = "seq_len global_batch_size micro_batch_size log_every eval_blocks replicas calibration_tokens"
+    refuse(counts, lambda value: value >= 1, "at least 1")
+    refuse("max_steps save_every eval_every", lambda value: value >= 0, "at least 0")
+    refuse(
+        "lm_weight kl_weight clone_weight weight_decay max_grad_norm", lambda value: value >= 0, "at least 0"
+    )
+    refuse("kl_temperature epochs learning_rate free_learning_rate", lambda value: value > 0, "above 0")
+    refuse("student_rms_norm_eps", lambda value: value > 0, "above 0")
+    refuse("warmup_ratio decay_ratio", lambda value: 0 <= value <= 1, "from 0 to 1")
+    if dtype == "float16":
+        raise ValueError("dtype is float16, which has too small a range to train in: use float32 or bfloat16")
     split_batch()
     if isinstance(teacher, dict) or data is None:
         raise ValueError(
@@ -813,7 +859,7 @@ def main() -> None:
 
     # ---- model, data, optimizer
     model = build_model(dtype_on(device)).to(device)
-    tokenizer_dir = tokenizer or teacher or init_from
+    tokenizer_dir = tokenizer_directory()
     train_data, heldout = open_data(model.config.vocab_size, tokenizer_dir)
     source = last or (convert.resolve(init_from) if init_from else None)
     start_weights(model, train_data, source, device)
@@ -831,7 +877,7 @@ def main() -> None:
     tokens_per_step = round(global_batch_size * train_data.tokens_per_block)  # with sft on average
     print_derived(model, train_data, steps, device)
     if last:
-        print0(f"resumed from {last}")
+        print0(f"resumed from {last}, at a learning rate of {learning_rate_at(start, steps):.2e}")
 
     # ---- logs and signals
     if RANK == 0:
@@ -857,7 +903,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, stop)
 
     # ---- the loop
-    bar = tqdm(total=steps, initial=start, desc="training", unit="step", disable=RANK > 0)
+    in_terminal = sys.stderr.isatty()
+    bar = tqdm(total=steps, initial=start, desc="training", unit="step", disable=RANK > 0 or not in_terminal)
     done = start
     saved = None
     stopping = False
@@ -888,7 +935,10 @@ def main() -> None:
             memory = over_ranks(torch.tensor(peak_memory_gib(device)), dist.ReduceOp.MAX).item()
             mean |= {"grad_norm": grad_norm.item(), "learning_rate": lr, "tokens_per_second": speed}
             log(done, mean | {"peak_memory_gib": memory, "bad_steps": int(bad_steps)})
-            bar.set_postfix_str(f"loss {mean['loss']:.3f}, lm {mean['lm']:.3f}, {speed:,.0f} tok/s")
+            progress = f"loss {mean['loss']:.3f}, lm {mean['lm']:.3f}, {speed:,.0f} tok/s"
+            bar.set_postfix_str(progress)
+            if not in_terminal:
+                print0(f"step {done} of {steps}: {progress}")
             if most_in_a_row >= max_bad_steps:
                 raise ValueError(
                     f"loss or gradient not finite in {int(most_in_a_row)} steps in a row up to step {done}; "
@@ -900,7 +950,7 @@ def main() -> None:
         if eval_every and (done % eval_every == 0 or last_step) and not stopping:
             values = evaluate(model, heldout, device)
             log(done, values)
-            print0(f"step {done}, held out: {summary(values)}", bar)
+            print0(f"step {done}, held out: {summary(values)}")
             since = time.perf_counter()
         if save_every and (done % save_every == 0 or last_step):
             saved = save_checkpoint(model, optimizer, done, tokenizer_dir, teacher_print)
@@ -910,6 +960,8 @@ def main() -> None:
     bar.close()
 
     # ---- what came of it
+    if bad_steps > 0:
+        print0(f"{int(bad_steps)} steps had a loss or gradient that was not finite, and were not taken")
     if start >= steps:
         print0(f"nothing to do: {last} is at step {start} of {steps}")
     elif stopping and done < steps:
@@ -928,6 +980,8 @@ if __name__ == "__main__":
             print(message, file=sys.stderr, flush=True)
             os._exit(1)  # gloo can hang where a group is taken down after an error
         raise SystemExit(message) from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped before the first step") from None
     if dist.is_initialized() and not wandb:
         sys.stdout.flush()
         os._exit(0)  # gloo can abort a process that takes its group down

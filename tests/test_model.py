@@ -279,7 +279,7 @@ def test_chunked_loss_equals_the_formula(chunk, temperature, teacher):
     scales = 0.7, 0.3, temperature
     x, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     inputs = teacher_inputs if teacher else (None, None)
-    loss, lm, kl, teacher_lm = ChunkedLoss.apply(x, w, labels, *inputs, scales, chunk, model.chunk_loss)
+    loss, lm, kl, teacher_lm, _ = ChunkedLoss.apply(x, w, labels, *inputs, scales, chunk, model.chunk_loss)
     (3 * loss).backward()
     x64, w64 = hidden.double().requires_grad_(), head.double().requires_grad_()
     teacher_z = teacher_inputs[0].double() @ teacher_inputs[1].double().T if teacher else None
@@ -299,7 +299,7 @@ def test_chunked_loss_in_bfloat16(temperature):
     hidden, head, labels, teacher_hidden, teacher_head = loss_inputs(torch.bfloat16)
     scales = 0.7, 0.3, temperature
     x, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-    loss, lm, kl, _ = ChunkedLoss.apply(
+    loss, lm, kl, *_ = ChunkedLoss.apply(
         x, w, labels, teacher_hidden, teacher_head, scales, 5, model.chunk_loss
     )
     loss.backward()

@@ -57,12 +57,20 @@ def plain_options(teacher, corpus, out_dir, *more):
     )  # fmt: skip
 
 
-RUNS = {"clone": clone_options, "plain": plain_options}
+def both_options(*arguments):
+    return clone_options(*arguments, "--train=both", "--free_learning_rate=1e-3", "--student_layers=(1,)")
+
+
+def weights_options(*arguments):
+    return clone_options(*arguments, "--train=weights", "--learning_rate=1e-3")
+
+
+RUNS = {"clone": clone_options, "plain": plain_options, "both": both_options, "weights": weights_options}
 
 
 @pytest.fixture(scope="module")
 def runs(work, teacher, corpus):
-    """{"clone": out_dir, "plain": out_dir}, both trained straight to their end."""
+    """{name: out_dir} of RUNS, all trained straight to their end."""
     outs = {name: work / f"run_{name}" for name in RUNS}
     done = in_parallel([("train.py", *RUNS[name](teacher, corpus, out)) for name, out in outs.items()])
     for name, result in zip(outs, done, strict=True):
@@ -172,6 +180,38 @@ def test_greedy_decoding_is_transformers(which, exported, teacher):
     stop = found[1][4]  # the second row ends early, the others go on unless they meet it too
     expected, found = both(prompts, 24, stop)
     assert found == expected and len(found[1]) <= 4
+
+
+def test_students_with_free_weights_convert_to_transformers_models(work, runs, teacher):
+    """Of a clone with a free part the export, of free weights the checkpoint itself; either is sampled."""
+    succeed("convert.py", f"--checkpoint={runs['both']}", f"--out={work}/student_both")
+    original = convert.load_checkpoint(runs["both"] / "step_00000020")
+    saved = runs["weights"] / "step_00000020"
+    ids = ids_of(2, 40)
+    for path, ours in ((work / "student_both", original), (saved, convert.load_model(saved))):
+        with torch.no_grad():
+            expected = transformers_model(path)(ids).logits
+            torch.testing.assert_close(ours.logits(ids), expected, rtol=0, atol=1e-4)
+    assert len(original.layers) == 1
+    for name in ("both", "weights"):
+        assert succeed("sample.py", f"--model={runs[name]}", "--max_new_tokens=4", "--prompt=x").stdout
+
+
+def test_free_weights_go_on_from_clones_and_any_model(work, runs, corpus, teacher):
+    """From a clone's checkpoint as it ended; from a model of another shape with a word on what it lacks."""
+    start = f"--init_from={runs['clone']}"
+    succeed("train.py", *weights_options(teacher, corpus, work / "switched", start, "--max_steps=5"))
+    assert metrics(work / "switched")[0]["loss"] < metrics(runs["clone"])[0]["loss"]
+    start = f"--init_from={runs['both']}"
+    done = run("train.py", *weights_options(teacher, corpus, work / "wrong", start))
+    assert done.returncode == 1
+    assert "is a student of another shape or of other layers" in done.stderr.splitlines()[-1]
+    options = ("--train=weights", f"--init_from={runs['plain']}", "--max_steps=5")
+    done = succeed("train.py", *clone_options(teacher, corpus, work / "any", *options))
+    assert "clone terms left out: q (head_dim 8, not 12)" in done.stdout
+    assert "mlp_out (hidden_size 32, not 48)" in done.stdout
+    terms = {name for name in metrics(work / "any")[0] if name.startswith("clone_")}
+    assert terms == {"clone_gate", "clone_up"}
 
 
 # ---- plain models, resume, metrics

@@ -1,0 +1,155 @@
+"""Students of every kind: of projections, of these and free weights, of free weights; cut or whole."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_model import TOLERANCE, make_clone, random_batch, random_clone, random_llama, randomise, relative
+
+import convert
+import model
+
+KINDS = {
+    "both": {"train": "both"},
+    "both, untied": {"train": "both", "tie_head_projection": False},
+    "weights": {"train": "weights"},
+    "weights, shared": {"train": "weights", "share_qkv": True, "share_gate_up": True},
+    "fewer layers": {"student_layers": (0, 2)},
+    "fewer neurons": {"student_intermediate_size": 20, "clone_mlp_out": "teacher"},
+    "fewer of both": {"train": "both", "student_layers": (1, 2), "student_intermediate_size": 20},
+    "free and fewer": {"train": "weights", "student_layers": (0, 2), "student_intermediate_size": 20},
+}
+
+
+def student_of(kind, family="llama", **options):
+    teacher = random_llama(family=family, num_hidden_layers=3, tie_word_embeddings="untied" not in kind)
+    clone = random_clone(teacher, **KINDS[kind], **options)
+    clone.calibrate(random_batch(4, 12)[0])
+    return clone
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_merged_student_is_the_one_that_trains(kind, family):
+    """In the lock-step walk, as composed, and as an ordinary model of its own shape."""
+    clone = student_of(kind, family)
+    ids, labels = random_batch(2, 10)
+    merged = clone.merge()
+    assert relative(merged.logits(ids), clone.logits(ids)) < TOLERANCE
+    assert relative(merged.loss(ids, labels)["token_lm"], clone.loss(ids, labels)["token_lm"]) < TOLERANCE
+    assert len(merged.layers) == len(KINDS[kind].get("student_layers", range(3)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_trained_tensor_gets_a_gradient(kind):
+    clone = student_of(kind, "qwen2")
+    clone.loss(*random_batch(2, 10))["loss"].backward()
+    assert not {n for n, p in clone.trained().items() if p.grad is None or not p.grad.abs().max() > 0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_holds_the_whole_student(kind, tmp_path):
+    clone = student_of(kind)
+    convert.save_model(clone.teacher, tmp_path / "teacher", torch.float32, None)
+    own = clone.own_state()
+    print_of = convert.fingerprint(clone.teacher)
+    convert.save_weights(clone, tmp_path / "saved", own, "tokenizer", str(tmp_path / "teacher"), print_of)
+    again = make_clone(clone.teacher, 16, **KINDS[kind])
+    convert.load_weights(tmp_path / "saved", again)
+    for name, tensor in own.items():
+        assert torch.equal(again.own_state()[name], tensor), name
+    loaded = convert.load_checkpoint(tmp_path / "saved")  # as sample.py and convert.py take it
+    ids, _ = random_batch(2, 10)
+    assert relative(loaded.logits(ids), clone.logits(ids)) < TOLERANCE
+    assert isinstance(loaded, model.Llama) == (not clone.composes)
+
+
+def test_clone_losses_compare_the_layers_and_neurons_that_are_kept():
+    """A student with all of the teacher's width, and its weights, has no clone loss but where it is cut."""
+    teacher = random_llama(num_hidden_layers=3, tie_word_embeddings=False)
+    shape = {"student_layers": (0, 2), "student_intermediate_size": 20}
+    clone = make_clone(teacher, 32, train="weights", tie_head_projection=False, **shape)
+    ids, labels = random_batch(2, 10)
+    model.init_clone(clone, 0, "pca", clone.calibrate(ids))
+    terms = clone.loss(ids, labels)["terms"]
+    for name in ("q", "k", "v", "attn_out", "gate", "up"):
+        assert terms[name][0] < 1e-8, name  # the first layer is whole up to its neurons
+        assert terms[name][1] > 1e-4, name  # the last reads what layers and neurons that are not there wrote
+    assert terms["mlp_out"][0] > 1e-4
+    energies = []
+    x = teacher.embedding[ids]
+    rope = model.rope_table(teacher.config, torch.arange(10))
+    for layer in teacher.layers:
+        x, a = model.block(x, layer.weights(torch.float32), teacher.config, rope)
+        hidden = torch.nn.functional.silu(a["gate"]) * a["up"]
+        energies.append(hidden.square().sum((0, 1)) * layer.down.square().sum(0))
+    for kept, layer in zip((0, 2), clone.layers, strict=True):
+        assert layer.neurons.tolist() == sorted(energies[kept].topk(20).indices.tolist())
+
+
+def test_a_layer_left_out_leaves_the_teacher_without_it():
+    teacher = random_llama(num_hidden_layers=3)
+    clone = make_clone(teacher, 32, student_layers=(0, 2), tie_head_projection=False)
+    ids, _ = random_batch(4, 12)
+    model.init_clone(clone, 0, "pca", clone.calibrate(ids))
+    without = model.Llama(dataclasses.replace(teacher.config, num_hidden_layers=2))
+    state = {n: w for n, w in teacher.state_dict().items() if not n.startswith("layers.1.")}
+    without.load_state_dict({n.replace("layers.2.", "layers.1."): w for n, w in state.items()})
+    assert relative(clone.logits(ids), without.logits(ids)) < TOLERANCE
+
+
+def test_free_weights_start_from_a_clone(tmp_path):
+    clone = student_of("both")
+    convert.save_model(clone.teacher, tmp_path / "teacher", torch.float32, None)
+    convert.save_clone(clone, tmp_path / "clone", str(tmp_path / "teacher"), "tokenizer")
+    free = make_clone(clone.teacher, 16, train="weights")
+    convert.load_weights(tmp_path / "clone", free)
+    ids, labels = random_batch(2, 10)
+    assert relative(free.logits(ids), clone.logits(ids)) < TOLERANCE
+    ours, theirs = free.loss(ids, labels), clone.loss(ids, labels)
+    for name, values in theirs["terms"].items():
+        assert relative(ours["terms"][name], values) < TOLERANCE, name
+
+
+def test_any_model_with_the_vocabulary_is_a_student():
+    """Deeper, shallower, of other heads: by KL and CE, and the clone losses of equal shapes."""
+    teacher = random_llama(num_hidden_layers=3)
+    shapes = {
+        "deeper": ({"num_hidden_layers": 5}, set()),
+        "shallower": ({"num_hidden_layers": 2, "family": "qwen2"}, set()),
+        "narrower": ({"hidden_size": 16, "head_dim": 8}, {"q", "k", "v", "gate", "up"}),
+        "fewer heads": (
+            {"num_attention_heads": 2, "head_dim": 8}, {"k", "v", "attn_out", "gate", "up", "mlp_out"}
+        ),
+    }  # fmt: skip
+    ids, labels = random_batch(2, 10)
+    for name, (changes, expected) in shapes.items():
+        shape = random_llama(**{"num_hidden_layers": 3, **changes}).config
+        student = model.StudentConfig(0, False, False, True, 1e-5, "weights")
+        losses = make_clone(teacher, 16).loss_config
+        reasons = model.terms_without_equal_shapes(teacher.config, shape, student, losses)
+        losses = dataclasses.replace(losses, clone_skip=tuple(reasons))
+        clone = model.LowRankClone(teacher, student, losses, shape)
+        randomise(clone.trained().items(), seed=3)
+        result = clone.loss(ids, labels)
+        assert set(result["terms"]) == expected, name
+        assert relative(result["token_lm"], clone.merge().loss(ids, labels)["token_lm"]) < TOLERANCE
+        kl = torch.nn.functional.kl_div(
+            (clone.logits(ids) / 40).log_softmax(-1), (teacher.logits(ids) / 40).log_softmax(-1),
+            reduction="none", log_target=True,
+        ).sum(-1).mean()  # fmt: skip
+        assert relative(result["kl"], kl) < 1e-3, name  # a small difference of large sums in float32 here
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    wrong = {
+        "student_intermediate_size is 49; it must be between 1 and 48": {"student_intermediate_size": 49},
+        r"student_layers is \(0, 3\); it must be rising indices of layers, ": {"student_layers": (0, 3)},
+        r"student_layers is \(1, 0\)": {"student_layers": (1, 0)},
+    }  # fmt: skip
+    for message, options in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            make_clone(random_llama(num_hidden_layers=3), 16, **options)
+    assert model.spread_layers(4, 10) == (0, 3, 6, 9)
+    with pytest.raises(ValueError, match="as a number it must be between 2 and 10"):
+        model.spread_layers(11, 10)
