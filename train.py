@@ -21,7 +21,7 @@ from typing import Literal
 # what to train
 teacher: str | dict | None = "data/quickstart/teacher"  # Hugging Face directory to clone; None: a plain LM
 train: Literal["projections", "both", "weights"] = "projections"  # of the student: W P; W P + R; W of its own
-student_hidden_size = 96  # d_S, width of the student's residual stream
+student_hidden_size: int | None = 96  # d_S, width of the student's residual stream (tools/plan.py finds one)
 student_layers: int | tuple | None = (
     None  # the teacher's layers to keep: indices, or a number of them; None: all
 )
@@ -758,9 +758,14 @@ def start_wandb():
     return send
 
 
+def shape_of(config: models.ModelConfig) -> str:
+    sizes = f"{config.hidden_size} wide, FFN {config.intermediate_size}"
+    return f"{config.num_hidden_layers} layers, {sizes}"
+
+
 def print_derived(model, train_data: Mixture, steps: int, device: torch.device) -> None:
     """What follows from the options."""
-    size, passes = split_batch()
+    blocks, passes = split_batch()
     trained = sum(p.numel() for p in trained_parameters(model).values())
     tokens_per_step = round(global_batch_size * train_data.tokens_per_block)
     epochs_taken = steps * global_batch_size / train_data.total
@@ -768,13 +773,14 @@ def print_derived(model, train_data: Mixture, steps: int, device: torch.device) 
     print0(f"{device.type} x {WORLD_SIZE} ({threads} threads), torch {torch.__version__}, {dtype_on(device)}")
     if isinstance(model, models.LowRankClone):
         frozen = sum(p.numel() for p in model.teacher.parameters())
+        size = sum(math.prod(shape) for _, shape in convert.weight_names(model.config).values())
         print0(f"teacher: {frozen:,} parameters, frozen; hidden size {model.teacher.config.hidden_size}")
-        print0(f"student: {trained:,} trained parameters; hidden size {model.config.hidden_size}")
+        print0(f"student: {size:,} parameters, made of {trained:,} that train; {shape_of(model.config)}")
     else:
-        print0(f"model: {trained:,} trained parameters; hidden size {model.config.hidden_size}")
+        print0(f"model: {trained:,} parameters; {shape_of(model.config)}")
     print0(
-        f"{steps:,} steps of {tokens_per_step:,} tokens: "
-        f"{WORLD_SIZE} processes x {passes} micro-batches x {size} blocks"
+        f"{steps:,} steps of {tokens_per_step:,} tokens: {WORLD_SIZE} processes, each with {passes} forward "
+        f"passes (micro-batches) of {blocks} blocks"
     )
     print0(f"{steps * tokens_per_step:,} tokens in all, {epochs_taken:.2g} epochs of the data")
 
@@ -829,6 +835,10 @@ def check_options() -> None:
     if isinstance(teacher, dict) or data is None:
         raise ValueError(
             "a teacher's shape and random tokens are for tools/bench.py; here both are directories"
+        )
+    if student_hidden_size is None and teacher is not None:
+        raise ValueError(
+            "student_hidden_size is None: choose one, by tools/plan.py --target_params=SIZE for instance"
         )
     if eval_only and init_from is None:
         raise ValueError("eval_only evaluates the model of init_from, which is None: name its directory")

@@ -3,6 +3,7 @@
     python tools/plan.py config/lrc_1_5b.py --gpus=8
     python tools/plan.py config/lrc_4b.py --gpus=64 --replicas=8 --micro_batch_size=1 --global_batch_size=64
     python tools/plan.py config/bench_smollm2.py --gpus=1 --device=cpu     # a process on a CPU
+    python tools/plan.py config/lrc_1_5b.py --target_params=1.2e9          # shapes of a student of that size
 
 Takes train.py's config files and options besides its own (--help of both). Needs no weights: where the
 teacher's directory is not there, config/teachers/NAME.json is its config.json. Memory is not a formula: a
@@ -18,6 +19,7 @@ reserve_gib = (
 )
 peak_tflops = 989.0  # of a GPU in bfloat16, dense (H100 SXM)
 mfu = (0.3, 0.4, 0.5)  # fractions of it that a run may reach
+target_params: float | None = None  # a student's size: prints the shapes that have it, and no plan
 
 import sys
 from pathlib import Path
@@ -34,6 +36,7 @@ if __name__ == "__main__":
     options = configure({"__file__": ROOT / "train.py"}, others)
 
 import contextlib
+import dataclasses
 import functools
 import math
 import time
@@ -229,8 +232,38 @@ def measure(ranks: int, parallel: str, activation_checkpointing: bool, gpu: bool
         return peak, traffic.sent if sharded else 2 * (ranks - 1) / ranks * sum(p.nbytes for p in parameters)
 
 
+def count_parameters(shape: models.ModelConfig) -> int:
+    return sum(math.prod(size) for _, size in convert.weight_names(shape).values())
+
+
+def print_shapes(teacher: models.ModelConfig) -> None:
+    """The widths, a multiple that an export can have, with which a student comes nearest to target_params."""
+    step = teacher.num_attention_heads if teacher.model_type == "llama" else 8
+    every = teacher.num_hidden_layers
+    print(f"\nstudents of about {target_params:,.0f} parameters; the teacher is {teacher.hidden_size} wide")
+    print("  student_hidden_size  student_layers  student_intermediate_size      parameters")
+    for layers in (every, every * 3 // 4, every // 2):
+        for neurons in (teacher.intermediate_size, teacher.intermediate_size // 2):
+            shapes = []
+            for width in range(step, teacher.hidden_size + 1, step):
+                cut = {"num_hidden_layers": layers, "intermediate_size": neurons, "hidden_size": width}
+                shapes.append(dataclasses.replace(teacher, **cut))
+            best = min(shapes, key=lambda shape: abs(count_parameters(shape) - target_params))
+            size = count_parameters(best)
+            if abs(size / target_params - 1) < 0.1:
+                print(f"  {best.hidden_size:19}{layers:16}{neurons:27}{size:16,}")
+
+
 def main() -> None:
     set_options(options)
+    if target_params is not None:
+        if target_params <= 0 or train.teacher is None:
+            raise ValueError(
+                f"target_params is {target_params}; it is a number above 0, of a teacher's student"
+            )
+        teacher = convert.from_hf(train.teacher, "teacher")
+        tied = teacher.tie_word_embeddings and train.tie_head_projection
+        return print_shapes(dataclasses.replace(teacher, tie_word_embeddings=tied))
     gpu, tokens = train.device != "cpu", train.global_batch_size * train.seq_len
     with patch.object(train, "WORLD_SIZE", gpus):
         size, passes = train.split_batch()
@@ -242,8 +275,7 @@ def main() -> None:
     if clone:
         print(f"\nteacher {sum(p.numel() for p in model.teacher.parameters()):15,} parameters, frozen")
     print(f"trained {sum(p.numel() for p in model.parameters() if p.requires_grad):15,}")
-    whole = sum(math.prod(shape) for _, shape in convert.weight_names(model.config).values())
-    print(f"{'student' if clone else 'model':8}{whole:15,}")
+    print(f"{'student' if clone else 'model':8}{count_parameters(model.config):15,}")
 
     with patch.object(train, "WORLD_SIZE", gpus):
         parts = count_flops()
