@@ -1,5 +1,6 @@
 """tools/plan.py: its memory against that of runs of train.py, and its page for a model that is not here."""
 
+import dataclasses
 import json
 import os
 import re
@@ -8,10 +9,13 @@ import sys
 
 import plan
 import pytest
+import torch
 from conftest import ROOT, run
 
+import convert
 import train
 from configurator import read_options
+from model import Llama
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536,
@@ -102,6 +106,22 @@ def test_page_of_a_model_that_is_not_here(page):
         assert number in output
     found = peaks(output)
     assert found["ddp", False][1] == "no" and found["ddp", True][1] == "yes"  # of 45 GiB
+
+
+def test_shapes_of_a_size():
+    """Every row has the size that was asked for, by the parameters of a model of that shape."""
+    done = run("tools/plan.py", "config/lrc_1_7b.py", "--target_params=1.2e9")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("    ")][-6:]
+    teacher = convert.from_hf(convert.read_json(ROOT / "config/teachers/Qwen2.5-3B-Instruct.json"))
+    for width, layers, neurons, size in rows:
+        cut = {"hidden_size": int(width), "num_hidden_layers": int(layers), "intermediate_size": int(neurons)}
+        with torch.device("meta"):
+            student = Llama(dataclasses.replace(teacher, **cut))
+        count = sum(p.numel() for p in student.parameters())
+        assert count == int(size.replace(",", "")) and abs(count / 1.2e9 - 1) < 0.1
+    refused = run("tools/plan.py", "--target_params=-1")
+    assert refused.returncode == 1 and "target_params is -1" in refused.stderr
 
 
 def test_mistakes_are_told_in_one_line():

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import BUNDLED, DOCUMENTS, SHAPE, clone_options, metrics, run, succeed
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import convert
+import train
 from sample import generate, pick
 
 
@@ -479,3 +480,61 @@ def test_compile_without_a_compiler_is_refused(work, monkeypatch):
         refused = run(*call)
         assert refused.returncode == 1
         assert "error: compile needs a C++ compiler" in refused.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("kl_temperature", 0.0, "above 0"),
+        ("max_steps", -1, "at least 0"),
+        ("warmup_ratio", 5.0, "from 0 to 1"),
+        ("epochs", -1.0, "above 0"),
+        ("clone_weight", -0.1, "at least 0"),
+        ("free_learning_rate", 0.0, "above 0"),
+        ("calibration_tokens", 0, "at least 1"),
+        ("dtype", "float16", "use float32 or bfloat16"),
+        ("student_hidden_size", None, "--target_params"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(name, value, allowed, monkeypatch):
+    monkeypatch.setattr(train, name, value)
+    with pytest.raises(ValueError, match=f"{name} is {value}.*{allowed}"):
+        train.check_options()
+
+
+def test_a_teacher_with_a_value_that_is_not_finite_is_refused(work, teacher, corpus):
+    broken = work / "broken"
+    shutil.copytree(teacher, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    done = run("train.py", *clone_options(broken, corpus, work / "never"))
+    assert done.returncode == 1
+    message = "model.layers.1.mlp.up_proj.weight holds a value that is not finite"
+    assert message in done.stderr.splitlines()[-1]
+    assert not (work / "never").exists()
+
+
+def test_a_resumed_run_says_how_its_schedule_changes(work, runs, teacher, corpus):
+    out = work / "longer"
+    shutil.copytree(runs["clone"], out)
+    options = clone_options(teacher, corpus, out, "--resume=True")
+    done = succeed("train.py", *options, "--max_steps=21", "--learning_rate=0.001")
+    assert "max_steps was 20 and is 21 from here on" in done.stdout
+    assert "learning_rate was 0.003 and is 0.001 from here on" in done.stdout
+    assert "at a learning rate of 5.00e-05" in done.stdout  # the last of 20 after the warmup
+    assert "step 21 of 21: loss" in done.stdout  # stderr is no terminal
+    assert "torch.distributed" not in done.stderr and "\r" not in done.stderr
+
+
+def test_evaluation_of_a_model_with_another_vocabulary_is_refused(work, corpus, teacher):
+    options = clone_options(
+        BUNDLED, corpus, work / "none", f"--init_from={work / 'tiny'}", "--eval_only=True"
+    )
+    shape = LlamaConfig(**(SHAPE | {"vocab_size": 512}))
+    LlamaForCausalLM(shape).save_pretrained(work / "tiny")
+    done = run("train.py", *options)
+    assert done.returncode == 1
+    assert "tiny has 512 tokens; the teacher has 4096" in done.stderr.splitlines()[-1]
+    done = run("train.py", *options, "--teacher=None", f"--tokenizer={teacher}")
+    assert "the model has 512" in done.stderr.splitlines()[-1]
