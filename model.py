@@ -1078,21 +1078,24 @@ class LowRankClone(nn.Module):
 # ---- how a clone starts
 
 
-def init_clone(clone: LowRankClone, seed: int, init: str, covariance: Tensor | None = None) -> LowRankClone:
-    """Sets projections, norms and free weights; the same for the same seed and covariance, calibrate()'s.
+def init_clone(
+    clone: LowRankClone, seed: int, init: str, covariance: Tensor | None = None, ids: Tensor | None = None
+) -> LowRankClone:
+    """Sets projections, norms and free weights; the same for the same seed, covariance (calibrate()'s) and
+    ids [N, T] (for least_squares).
 
     "random": N(0, 0.02) and ones, as the authors' code. "orthogonal": orthonormal columns and ones. "channel"
     (after arXiv 2605.29327) and "pca": the student's stream is the teacher's in one basis U [d_T, d_S], the
-    channels or the principal directions with most of its energy. Free weights beside projections stay
-    at zero; alone, they start as what the projections would compose.
+    channels or the principal directions with most of its energy. "least_squares": see init_least_squares.
+    Free weights beside projections stay at zero; alone, they start as what a clone of both would compose.
     """
     if not clone.composes:
-        config = dataclasses.replace(clone.student_config, train="projections")
+        config = dataclasses.replace(clone.student_config, train="both")
         with clone.norm.device:
             start = LowRankClone(clone.teacher, config, clone.loss_config)
         for layer, other in zip(start.layers, clone.layers, strict=True):
             layer.neurons = other.neurons
-        start_from_clone(clone, init_clone(start, seed, init, covariance))
+        start_from_clone(clone, init_clone(start, seed, init, covariance, ids))
         return clone
     generator = torch.Generator().manual_seed(seed)
     for name, weight in clone.trained().items():
@@ -1111,7 +1114,7 @@ def init_clone(clone: LowRankClone, seed: int, init: str, covariance: Tensor | N
         init_from_basis(clone, basis, covariance, torch.ones_like(covariance[0]))
         if clone.head_projection is None:
             clone.norm.data.copy_(clone.norm.data / rms(clone.teacher.norm) * clone.teacher.norm[channels])
-    elif init == "pca":
+    elif init in ("pca", "least_squares"):
         balance = torch.ones_like(clone.teacher.norm.double())
         if clone.head_projection is None:
             # The head's projection is the embedding's: half of the final norm's weight goes into either.
@@ -1120,6 +1123,8 @@ def init_clone(clone: LowRankClone, seed: int, init: str, covariance: Tensor | N
             covariance = balance[:, None] * covariance * balance
         basis = torch.linalg.eigh(covariance).eigenvectors[:, -clone.config.hidden_size :]
         init_from_basis(clone, basis, covariance, balance)
+    if init == "least_squares":
+        init_least_squares(clone, ids)
     return clone
 
 
@@ -1169,3 +1174,158 @@ def init_from_basis(clone: LowRankClone, basis: Tensor, covariance: Tensor, bala
             layer.projection(name).data.copy_(write)
     clone.embedding_projection.data.copy_(write)
     absorb(clone.norm, [] if clone.head_projection is None else [clone.head_projection], clone.teacher.norm)
+
+
+RIDGE = 0.01  # of the mean energy of what a projection gets: how firmly it is held to its start
+
+
+@torch.no_grad()
+def init_least_squares(clone: LowRankClone, ids: Tensor, ridge: float = RIDGE) -> None:
+    """Fits the projections of a clone that "pca" has started to the tokens ids [N, T], in closed form.
+
+    Teacher and student walk the tokens side by side, a layer at a time. What reads the student's stream is
+    fitted to the teacher's normed input. What writes to it is fitted to bring it to x B where the teacher's
+    stream is x, B the embedding's projection; so it also mends the errors of the layers before, and what
+    layers and neurons that are left out would have written. Free parts of o and down get what no projection
+    can. Memory: the normal equations of one weight, float64, and the streams of all tokens at one layer.
+    """
+    teacher = clone.teacher
+    config = clone.config
+    rope = rope_table(config, torch.arange(ids.shape[1], device=ids.device))
+    basis = clone.embedding_projection.float()
+    x_t = F.embedding(ids, teacher.embedding).float()  # [N, T, d_T]
+    x_s = x_t @ basis  # [N, T, d_S]
+    ends = [*clone.kept[1:], len(teacher.layers)]
+    # The layers before the first that is kept.
+    x_t = teacher_streams(teacher, x_t, rope, 0, clone.kept[0])[1]
+    for layer, first, end in zip(clone.layers, clone.kept, ends, strict=True):
+        weights = teacher.layers[first].weights(torch.float32)
+        middle, out = teacher_streams(teacher, x_t, rope, first, end)
+        # Errors count relative to the token's stream, or the massive tokens would decide alone.
+        token_weight = x_t.square().mean(-1).reciprocal()
+
+        # Attention: what reads the stream, then what writes to it.
+        normed_s = rms_norm(x_s, layer.input_norm, config.rms_norm_eps)
+        normed_t = rms_norm(x_t, weights["input_norm"], teacher.config.rms_norm_eps)
+        fit_reads([layer.projection(name) for name in ("q", "k", "v")], normed_s, normed_t, ridge)
+        student = layer.compose(weights, torch.float32)
+        attended = torch.cat([attend(rows, student, config, rope) for rows in x_s.split(1)])
+        fit_write(layer, "o", weights, lambda rows=attended: rows, middle @ basis - x_s, token_weight, ridge)
+        student = layer.compose(weights, torch.float32)
+        x_s = x_s + F.linear(attended, student["o"], student.get("o_bias"))
+
+        # The FFN, likewise.
+        normed_s = rms_norm(x_s, layer.post_norm, config.rms_norm_eps)
+        normed_t = rms_norm(middle, weights["post_norm"], teacher.config.rms_norm_eps)
+        fit_reads([layer.projection(name) for name in ("gate", "up")], normed_s, normed_t, ridge)
+        student = layer.compose(weights, torch.float32)
+
+        def features(rows=normed_s, gate=student["gate"], up=student["up"]) -> Iterator[Tensor]:
+            """What the student's down reads: [T, F], row by row."""
+            for row in rows:
+                yield F.silu(F.linear(row, gate)) * F.linear(row, up)
+
+        fit_write(layer, "down", weights, features, out @ basis - x_s, token_weight, ridge)
+        down = layer.compose(weights, torch.float32)["down"]
+        x_s = torch.stack([row + F.linear(a, down) for row, a in zip(x_s, features(), strict=True)])
+        x_t = out
+    fit_head(clone, x_t, x_s, ridge)
+
+
+def teacher_streams(teacher: Llama, x: Tensor, rope, first: int, end: int) -> tuple[Tensor, Tensor]:
+    """The teacher's stream [N, T, d_T] after the attention of layer `first`, and before layer `end`."""
+    middle = torch.empty_like(x)
+    out = torch.empty_like(x)
+    layers = [layer.weights(torch.float32) for layer in teacher.layers[first:end]]
+    for n in range(len(x)):
+        rows = x[n : n + 1]
+        for i, weights in enumerate(layers):
+            before = rows
+            rows, activations = block(before, weights, teacher.config, rope)
+            if i == 0:
+                middle[n] = (before + activations["attn_out"])[0]
+        out[n] = rows[0]
+    return middle, out
+
+
+def attend(x: Tensor, weights: dict[str, Tensor], config: ModelConfig, rope) -> Tensor:
+    """What o reads [B, T, H·head_dim] where the stream is x [B, T, D]."""
+    no_ffn = {"gate": weights["gate"][:0], "up": weights["up"][:0], "down": weights["down"][:, :0]}
+    _, activations = block(x, weights | no_ffn, config, rope)
+    return activations["attended"]
+
+
+def least_squares(
+    inputs: Iterable[Tensor], targets: Tensor, weights: Tensor | None, start: Tensor, ridge: float
+) -> Tensor:
+    """argmin over Z [a, b] of Σ weight · |A Z - X|² + ridge · (mean energy of A's columns) · |Z - start|².
+
+    inputs: A by row, [T, a]. targets: X [N, T, b]. weights [N, T]; None: ones. Sums are float64.
+    """
+    if weights is None:
+        weights = torch.ones_like(targets[..., 0])
+    gram = torch.zeros(len(start), len(start), dtype=torch.float64, device=start.device)
+    moment = torch.zeros(start.shape, dtype=torch.float64, device=start.device)
+    for a, x, weight in zip(inputs, targets, weights, strict=True):
+        a = a.double()
+        weighted = (a * weight.double()[:, None]).T
+        gram += weighted @ a
+        moment += weighted @ x.double()
+    strength = ridge * gram.diagonal().mean()
+    gram.diagonal().add_(strength)
+    return torch.linalg.solve(gram, moment + strength * start.double())
+
+
+def fit_reads(projections: list[nn.Parameter], normed_s: Tensor, normed_t: Tensor, ridge: float) -> None:
+    """Sets projections P [d_T, d_S] so that A P^T comes near X: the normed inputs of student and teacher.
+
+    The weights W that read them have no say: W P is also the best weight of all to give W X.
+    """
+    solution = least_squares(normed_s, normed_t, None, projections[0].T, ridge).T
+    for projection in projections:
+        projection.copy_(solution)
+
+
+def fit_write(
+    layer: StudentLayer, name: str, teacher: dict[str, Tensor], features: Callable[[], Iterable[Tensor]],
+    missing: Tensor, token_weight: Tensor, ridge: float,
+) -> None:  # fmt: skip
+    """Sets the projection of o or down so that P^T W adds to the student what is missing [N, T, d_S] in it;
+    and its free part, where there is one, to what the best of all weights is beyond P^T W."""
+    weight = keep_neurons(teacher, layer.neurons)[name]
+    bias = teacher.get(f"{name}_bias")
+    projection = layer.projection(name)
+    written = (F.linear(row, weight, bias) for row in features())
+    projection.copy_(least_squares(written, missing, token_weight, projection, ridge))
+    if name in layer.free:
+        composed = projection.T @ weight
+        if bias is not None:
+            missing = missing - bias @ projection
+        whole = least_squares(features(), missing, token_weight, composed.T, ridge).T
+        layer.free[name].copy_(whole - composed)
+
+
+def fit_head(clone: LowRankClone, x_t: Tensor, x_s: Tensor, ridge: float) -> None:
+    """Fits the head's projection to the teacher's hidden states; or, where it is the embedding's, the final
+    norm n [d_S] to the teacher's logits: the one thing that is free in H P diag(n) x_s."""
+    teacher = clone.teacher
+    hidden_t = rms_norm(x_t, teacher.norm, teacher.config.rms_norm_eps)
+    if clone.head_projection is not None:
+        hidden_s = rms_norm(x_s, clone.norm, clone.config.rms_norm_eps)
+        fit_reads([clone.head_projection], hidden_s, hidden_t, ridge)
+        return
+    head = teacher.head_weight().double()
+    head = head - head.mean(0)  # what all logits have in common does not matter
+    metric = head.T @ head
+    projection = clone.embedding_projection.double()
+    hidden_s = rms_norm(x_s, torch.ones_like(clone.norm), clone.config.rms_norm_eps)
+    gram = 0.0
+    moment = 0.0
+    for s, t in zip(hidden_s.double(), hidden_t.double(), strict=True):
+        gram = gram + s.T @ s
+        moment = moment + t.T @ s
+    gram = gram * (projection.T @ metric @ projection)
+    moment = (projection * (metric @ moment)).sum(0)
+    strength = ridge * gram.diagonal().mean()
+    gram.diagonal().add_(strength)
+    clone.norm.copy_(torch.linalg.solve(gram, moment + strength * clone.norm.double()))

@@ -32,7 +32,9 @@ init_from: str | None = (
 )
 tokenizer: str | None = None  # directory whose tokenizer goes into the checkpoints; None: the teacher's
 calibration_tokens = 16384  # tokens on which the teacher is looked at before training
-init: Literal["random", "orthogonal", "channel", "pca"] = "pca"  # of the projections; paper: random
+init: Literal["random", "orthogonal", "channel", "pca", "least_squares"] = (
+    "pca"  # of projections; paper: random
+)
 share_qkv = False  # one projection for q, k and v, and one clone loss on their input in place of three
 share_gate_up = False  # one projection for gate and up, likewise
 tie_head_projection = True  # one projection for embedding and LM head
@@ -393,21 +395,29 @@ def open_data(vocab_size: int, tokenizer_dir: str | None) -> tuple[Mixture, Mixt
 
 
 def needs_calibration() -> bool:
-    return clone_scale == "teacher" or init in ("channel", "pca") or student_intermediate_size is not None
+    return (
+        clone_scale == "teacher"
+        or init in ("channel", "pca", "least_squares")
+        or student_intermediate_size is not None
+    )
 
 
 def start_weights(model, train_data: Mixture, checkpoint_path: Path | None, device: torch.device) -> None:
     """Calibrates a clone, and sets the model's own weights: from a checkpoint, or by init and seed."""
+    is_clone = isinstance(model, models.LowRankClone)
     covariance = None
-    if isinstance(model, models.LowRankClone) and needs_calibration():
-        # 16k tokens: the same ones on any number of processes, and when resumed
+    if is_clone:
+        # The same tokens on any number of processes, and when resumed.
         ids = to_device(train_data.batch(0, max(1, calibration_tokens // seq_len)).ids, device)
-        bar = tqdm(ids, desc="calibrating", unit="block", leave=False, disable=None if RANK == 0 else True)
-        covariance = model.calibrate(bar)
+        if needs_calibration():
+            bar = tqdm(
+                ids, desc="calibrating", unit="block", leave=False, disable=None if RANK == 0 else True
+            )
+            covariance = model.calibrate(bar)
     if checkpoint_path is not None:
         convert.load_weights(checkpoint_path, model)
-    elif isinstance(model, models.LowRankClone):
-        models.init_clone(model, seed, init, covariance)
+    elif is_clone:
+        models.init_clone(model, seed, init, covariance, ids)
     else:
         model.init_weights(seed)
     from_rank_0([*trained_parameters(model).values(), *(getattr(model, "mean_squares", None) or {}).values()])

@@ -1,0 +1,13 @@
+"""Base of the study of free weights, in place of base.py: 614,400 tokens, evaluated every 30,720.
+
+python tools/study.py --base=config/study/long.py --variants="('ours', 'both', 'weights')"
+"""
+
+global_batch_size = 8
+micro_batch_size = 8
+max_steps = 300
+learning_rate = 3e-3
+eval_every = 15
+eval_blocks = 32
+save_every = 0
+out_dir = "out/study_long"

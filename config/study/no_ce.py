@@ -1,0 +1,3 @@
+"""Ours without the next-token loss."""
+
+lm_weight = 0.0

@@ -1,0 +1,3 @@
+"""The student's own weights, started from what the projections compose."""
+
+train = "weights"

@@ -1,0 +1,108 @@
+"""The closed-form start: exact where an exact student exists, and numpy's solution of each least squares."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHAPE
+
+import convert
+import model as models
+from model import init_least_squares, least_squares
+
+FAMILIES = {
+    "tied": {"model_type": "llama"},
+    "untied": {"model_type": "llama", "tie_word_embeddings": False},
+    "biases": {"model_type": "llama", "attention_bias": True},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 12},
+}
+D_S = 32
+
+
+def narrow_teacher(options: dict) -> models.Llama:
+    """A random teacher 48 wide whose stream stays in D_S of its dimensions."""
+    config = convert.from_hf(SHAPE | {"vocab_size": 300, "num_hidden_layers": 3} | options)
+    teacher = models.Llama(config).init_weights(seed=0, std=0.2)
+    generator = torch.Generator().manual_seed(1)
+    subspace = torch.linalg.qr(torch.randn(config.hidden_size, D_S, generator=generator)).Q
+    onto = subspace @ subspace.T
+    for name, weight in teacher.named_parameters():
+        # The final norm stays one, since a tied head's projection cannot take it in.
+        if name.endswith(("input_norm", "post_norm", "bias")):
+            weight.data.add_(torch.randn(weight.shape, generator=generator), alpha=0.3)
+    teacher.embedding.data.copy_(teacher.embedding @ onto)
+    for layer in teacher.layers:
+        layer.o.data.copy_(onto @ layer.o)
+        layer.down.data.copy_(onto @ layer.down)
+        if config.o_bias:
+            layer.o_bias.data.copy_(onto @ layer.o_bias)
+    return teacher.requires_grad_(False)
+
+
+def started(teacher: models.Llama, ids: torch.Tensor, share: bool, tied: bool) -> models.LowRankClone:
+    """Its clone by pca, every projection but the embedding's spoilt."""
+    # The same epsilon for a stream of the same length in fewer dimensions.
+    eps = teacher.config.rms_norm_eps * teacher.config.hidden_size / D_S
+    losses = models.LossConfig(1.0, 1.0, 1.0, 0.2, "student", "student", "none", (), ())
+    clone = models.LowRankClone(teacher, models.StudentConfig(D_S, share, share, tied, eps), losses)
+    models.init_clone(clone, 1, "pca", clone.calibrate(ids))
+    generator = torch.Generator().manual_seed(2)
+    for name, weight in clone.trained().items():
+        if name != "embedding_projection" and weight.ndim == 2:
+            weight.data.add_(torch.randn(weight.shape, generator=generator), alpha=0.1)
+    return clone
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_teacher_that_lies_in_the_students_width_is_cloned_exactly(family, tied, share):
+    """The ridge is all but off, since it would pull to projections that the test has spoilt."""
+    if tied and family == "untied":
+        pytest.skip("one projection for two matrices and their own norm is exact only where they are one")
+    teacher = narrow_teacher(FAMILIES[family])
+    ids = torch.randint(0, 300, (8, 64), generator=torch.Generator().manual_seed(3))
+    clone = started(teacher, ids, share, tied)
+    before = (clone.logits(ids) - teacher.logits(ids)).abs().max()
+    init_least_squares(clone, ids, ridge=1e-10)
+    other = torch.randint(0, 300, (2, 64), generator=torch.Generator().manual_seed(4))
+    after = (clone.logits(other) - teacher.logits(other)).abs().max()
+    assert before > 0.1
+    assert after < 1e-4 * teacher.logits(other).abs().max()
+
+
+def test_least_squares_is_numpys():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4, 50, 7, generator=generator)
+    targets = torch.randn(4, 50, 3, generator=generator)
+    weights = torch.rand(4, 50, generator=generator)
+    found = least_squares(inputs, targets, weights, torch.zeros(7, 3), ridge=0.0)
+    root = weights.double().flatten().sqrt()[:, None]
+    expected, *_ = np.linalg.lstsq(root * inputs.flatten(0, 1), root * targets.flatten(0, 1))
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"train": "both"},
+        {"train": "weights"},
+        {"student_layers": (0, 2)},
+        {"student_intermediate_size": 40, "train": "weights"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_student_starts_nearer_than_by_pca(options):
+    """On tokens that it was not fitted to; what is cut is made up for as far as it can be."""
+    config = convert.from_hf(SHAPE | {"model_type": "qwen2", "vocab_size": 300, "num_hidden_layers": 3})
+    teacher = models.Llama(config).init_weights(seed=0, std=0.2).requires_grad_(False)
+    generator = torch.Generator().manual_seed(3)
+    ids, other = (torch.randint(0, 300, (n, 64), generator=generator) for n in (16, 2))
+    losses = models.LossConfig(1.0, 1.0, 1.0, 0.2, "student", "student", "none", (), ())
+    kls = {}
+    for init in ("pca", "least_squares"):
+        student = models.StudentConfig(D_S, False, False, True, 1e-5, **options)
+        clone = models.LowRankClone(teacher, student, losses)
+        models.init_clone(clone, 1, init, clone.calibrate(ids), ids)
+        kls[init] = clone.loss(other, other)["kl"].item()
+    assert kls["least_squares"] < 0.8 * kls["pca"], kls
