@@ -6,8 +6,8 @@
 
 Turns a checkpoint into an ordinary Hugging Face directory. The student's weights are composed in float32 and
 written in `dtype` with the teacher's tokenizer files. What was written is loaded again, and its logits are
-compared with the checkpoint's, before the directory gets its name. tools/from_authors.py reads the authors'
-checkpoints.
+compared with the checkpoint's, before the directory gets its name. A README.md in it says what it is, its
+model card. tools/from_authors.py reads the authors' checkpoints.
 """
 
 from typing import Literal
@@ -27,7 +27,9 @@ if __name__ == "__main__":
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -35,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from configurator import FIRST
 from model import Llama, LossConfig, LowRankClone, ModelConfig, StudentConfig
 
 # Our name of each weight of a layer -> its name in a Hugging Face checkpoint, under "model.layers.{i}."
@@ -109,6 +112,10 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
     rope_theta = rope.pop("rope_theta", None) or hf.get("rope_theta", 10000.0)
     rope_type = rope.pop("rope_type", None) or rope.get("type", "default")
     rope.pop("type", None)
+    rms_norm_eps = hf.get("rms_norm_eps", 1e-6)
+    for field, value in (("rms_norm_eps", rms_norm_eps), ("rope_theta", rope_theta)):
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            refuse(field, value, "a positive number")
     if rope_type not in ROPE_FIELDS:
         refuse("rope_scaling type", rope_type, " | ".join(ROPE_FIELDS))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -123,14 +130,14 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
     biased = bool(hf.get("attention_bias", False))
     if heads % key_value_heads:
         refuse("num_key_value_heads", key_value_heads, f"a divisor of num_attention_heads {heads}")
-    if head_dim % 2:
-        refuse("head_dim", head_dim, "an even number")
+    if head_dim % 2 or head_dim < 2:
+        refuse("head_dim", head_dim, "a positive even number")
     return ModelConfig(
         model_type=family,
         **{field: hf[field] for field in SIZES},
         num_key_value_heads=key_value_heads,
         head_dim=head_dim,
-        rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+        rms_norm_eps=rms_norm_eps,
         rope_theta=float(rope_theta),
         rope_scaling=None if rope_type == "default" else {"rope_type": rope_type, **rope},
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
@@ -215,7 +222,10 @@ def weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.is_file():
-        names = set(read_json(index)["weight_map"].values())
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map")
+        names = set(map(str, weight_map.values()))
     for name in names:
         if Path(name).name != name:
             raise ValueError(f"{index} names {name}, which is not a file of its directory")
@@ -316,6 +326,8 @@ def save_model(
         write_json(path / "model.safetensors.index.json", index)
     for file, shard in zip(files, shards, strict=True):
         save_file(shard, path / file, metadata={"format": "pt"})
+        # safetensors lets only the owner read what it writes
+        shutil.copymode(path / "config.json", path / file)
 
     generation = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
     source = Path(tokenizer) if tokenizer else path
@@ -324,7 +336,22 @@ def save_model(
     write_json(path / "generation_config.json", generation)
     for name in TOKENIZER_FILES:
         if source != path and (source / name).is_file():
-            (path / name).write_bytes((source / name).read_bytes())
+            shutil.copyfile(source / name, path / name)
+    make_tokenizer_portable(path / "tokenizer_config.json")
+
+
+def make_tokenizer_portable(file: Path) -> None:
+    """Writes what only transformers 5 reads as transformers 4 and llama.cpp's converter read it too."""
+    config = read_json(file) if file.is_file() else {}
+    portable = dict(config)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        portable["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # by default that class gives token_type_ids too, which generate() refuses
+        portable.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    if isinstance(config.get("extra_special_tokens"), list):
+        portable["additional_special_tokens"] = portable.pop("extra_special_tokens")
+    if portable != config:
+        write_json(file, portable)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -427,17 +454,31 @@ def checkpoints(out_dir: str | Path) -> list[Path]:
     return sorted(path for path in Path(out_dir).glob("step_*") if path.name[5:].isdigit())
 
 
+def newest_whole(found: list[Path]) -> Path | None:
+    """The newest checkpoint whose files can all be read; says which could not."""
+    for path in reversed(found):
+        try:
+            read_json(path / "config.json")
+            read_json(path / "trainer/state.json")
+            tensor_slices([*weight_files(path), *(path / "trainer").glob("*.safetensors")])
+            return path
+        except ValueError as error:
+            if FIRST:
+                print(f"passing over {path}: {error}", file=sys.stderr)
+    return None
+
+
 def resolve(path: str | Path) -> Path:
-    """A Hugging Face directory or a checkpoint as it is; of an out_dir, its latest checkpoint."""
+    """A Hugging Face directory or a checkpoint as it is; of an out_dir, its newest checkpoint that is whole."""
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path} is no directory; give a Hugging Face directory, a checkpoint or an out_dir")
     if (path / "config.json").is_file():
         return path
-    found = checkpoints(path)
-    if not found:
-        raise ValueError(f"{path} has neither a config.json nor a checkpoint (step_*)")
-    return found[-1]
+    newest = newest_whole(checkpoints(path))
+    if newest is None:
+        raise ValueError(f"{path} has neither a config.json nor a whole checkpoint (step_*)")
+    return newest
 
 
 # ---- the export
