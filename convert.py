@@ -469,7 +469,7 @@ def newest_whole(found: list[Path]) -> Path | None:
 
 
 def resolve(path: str | Path) -> Path:
-    """A Hugging Face directory or a checkpoint as it is; of an out_dir, its newest checkpoint that is whole."""
+    """A Hugging Face directory or a checkpoint as it is; of an out_dir, its newest whole one."""
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path} is no directory; give a Hugging Face directory, a checkpoint or an out_dir")
@@ -505,6 +505,80 @@ def largest_difference(expected: Tensor, found: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+{licence}---
+
+# {name}
+
+{origin}
+{count:,} parameters: hidden size {shape.hidden_size}, {shape.num_hidden_layers} layers, \
+{shape.num_attention_heads} heads of {shape.head_dim}, vocabulary {shape.vocab_size:,}.
+{training}
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("{name}")
+    model = AutoModelForCausalLM.from_pretrained("{name}", torch_dtype="auto")
+{options}"""
+
+
+def write_model_card(path: Path, name: str, student: Llama, source: Path, teacher: str | None) -> None:
+    """README.md of an export to `path`, with the licence of its teacher, or of what it was made from."""
+    run = {}
+    training = ""
+    if (source / "trainer/state.json").is_file():
+        state = read_json(source / "trainer/state.json")
+        run = state["options"]
+        training = describe_training(source.parent / "metrics.jsonl", state["step"])
+    made_from = teacher or (run["init_from"] if run else source)
+    origin = "Trained from scratch."
+    licence = []
+    if made_from:
+        kind = "A low-rank clone (https://arxiv.org/abs/2505.12781) of" if teacher else "Made from"
+        origin = f"{kind} {Path(made_from).resolve().name}."
+        licence = copy_licence(Path(made_from), path)
+    options = "".join(f"    {option} = {value!r}\n" for option, value in run.items())
+    card = CARD.format(
+        licence="".join(line + "\n" for line in licence),
+        name=name,
+        origin=origin,
+        count=sum(weight.numel() for weight in student.parameters()),
+        shape=student.config,
+        training=training,
+        options=f"\nThe options of its run:\n\n{options}" if run else "",
+    )
+    (path / "README.md").write_text(card, encoding="utf-8")
+
+
+def describe_training(log: Path, last_step: int) -> str:
+    """Tokens and held-out losses up to a step, by a run's metrics.jsonl; "" where that is not there."""
+    tokens = 0
+    losses = ""
+    for text in log.read_text().splitlines(keepends=True) if log.is_file() else ():
+        if not text.endswith("\n"):  # cut short by a kill
+            continue
+        line = json.loads(text)
+        if line["step"] <= last_step:
+            tokens = line["tokens"]
+            if line.get("val_lm") is not None:
+                losses = f"Held-out loss at step {line['step']:,}, nats a token: {line['val_lm']:.4f}"
+                if line.get("val_teacher_lm") is not None:
+                    losses += f"; its teacher's: {line['val_teacher_lm']:.4f}"
+    return f"\nTrained for {last_step:,} steps, {tokens:,} tokens.\n{losses}\n" if tokens else ""
+
+
+def copy_licence(source: Path, target: Path) -> list[str]:
+    """Copies LICENSE files; returns the licence's lines for the front matter of a model card."""
+    card = source / "README.md"
+    front_matter = card.read_text(encoding="utf-8").split("\n---")[0] if card.is_file() else ""
+    licence = [line for line in front_matter.splitlines() if line.startswith("license")]
+    for file in sorted(source.glob("LICENSE*")):
+        shutil.copyfile(file, target / file.name)
+        licence = licence or ["license: other", "license_name: see-file", f"license_link: {file.name}"]
+    return licence
+
+
 @torch.no_grad()
 def main() -> None:
     target = Path(out)
@@ -518,6 +592,7 @@ def main() -> None:
             f"{source} is of the authors' code; make a checkpoint of it by tools/from_authors.py"
         )
     tokenizer = tokenizer_directory(source, teacher)
+    its_teacher = clone_directories(source, teacher)[0] if is_clone(source) else None
     original = load_checkpoint(source, teacher)
     ids = torch.randint(original.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     expected = original.logits(ids)
@@ -542,11 +617,18 @@ def main() -> None:
         raise ValueError(
             f"the logits of what was written differ by {max(exact, rounding):.1e}; {out} is not kept"
         )
+    write_model_card(partial, target.resolve().name, student, source, its_teacher)
     partial.rename(target)
     count = sum(weight.numel() for weight in student.parameters())
     print(f"{out}: {count:,} parameters in {dtype}; logits within {rounding:.1e} (relative) of {source}'s")
     if not (target / "tokenizer.json").is_file():
         print(f"{out} has no tokenizer: {tokenizer} has no tokenizer.json")
+    config = student.config
+    if config.model_type == "qwen2" and config.hidden_size != config.num_attention_heads * config.head_dim:
+        print(
+            f"{out}: vLLM and llama.cpp take a Qwen2's head_dim as hidden size / heads, which is not its "
+            f"{config.head_dim}; for them export it with --arch=llama"
+        )
 
 
 if __name__ == "__main__":
