@@ -137,7 +137,7 @@ def test_a_gpu_that_is_here(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     for name, chosen in ((None, "cuda"), ("cuda", "cuda"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
         assert str(configurator.choose_device(name)) == chosen
-    with pytest.raises(ValueError, match="device is 'cuda:2'.* it has cpu, cuda"):
+    with pytest.raises(ValueError, match=r"device is 'cuda:2'.* it has cpu, cuda"):
         configurator.choose_device("cuda:2")
 
 
