@@ -21,7 +21,10 @@ def write(directory, losses, clone=True):
         if clone:
             line |= {"val_kl": loss - 2, "val_teacher_lm": 2.0, "val_rank_student": [3.0, 4.0 + step]}
             line |= {"val_rank_teacher": [5.0, 9.0], "val_terms_by_layer": {"clone_q": [1.0, 0.5]}}
-        lines += [json.dumps({"step": step, "tokens": 250 * step, "loss": loss}), json.dumps(line)]
+        lines += [
+            json.dumps({"step": step, "tokens": 250 * step, "loss": 9 * loss, "lm": loss}),
+            json.dumps(line),
+        ]
     (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return study.read_metrics(directory)
 
@@ -59,9 +62,51 @@ def test_an_unfinished_run_is_noticed(results, tmp_path):
     assert not study.is_finished(tmp_path / "ours_1", 4, 250)
 
 
-def test_figure(results, tmp_path):
-    pytest.importorskip("matplotlib")
-    plot.draw({name: runs[0] for name, runs in results.items()}, str(tmp_path / "curves.png"))
-    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+def drawn(runs, out, monkeypatch):
+    """{title: its lines that have a point, without the teacher's} of the figure that plot.draw writes."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    make = pyplot.subplot_mosaic
+    monkeypatch.setattr(
+        pyplot, "subplot_mosaic", lambda *a, **o: figures.append(make(*a, **o)) or figures[-1]
+    )
+    plot.draw(runs, str(out))
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    ((figure, _),) = figures
+    panels = {}
+    for axes in figure.axes:
+        lines = [line for line in axes.lines if len(line.get_xdata()) and line.get_linestyle() != "--"]
+        panels[axes.get_title().split(":")[0].split(",")[0]] = lines
+    return panels
+
+
+PANELS = ["loss", "KL(teacher ‖ student)", "effective rank of the last layer's hidden states"]
+
+
+def test_figure(results, tmp_path, monkeypatch):
+    runs = {name: runs[0] for name, runs in results.items()}
+    panels = drawn(runs, tmp_path / "curves.png", monkeypatch)
+    assert list(panels) == [*PANELS, "clone terms at the end"]
+    assert [len(lines) for lines in panels.values()] == [6, 2, 2, 2]
+
+
+@pytest.mark.parametrize("clone", [True, False])
+def test_figure_of_one_evaluation(tmp_path, monkeypatch, clone):
+    """A point is seen, and the training loss beside it; no panel is empty."""
+    lines = write(tmp_path / "run", (8.0, 7.0, 6.5), clone)
+    lines = [line for line in lines if "lm" in line] + lines[-1:]
+    panels = drawn({"run": lines}, tmp_path / "curves.png", monkeypatch)
+    assert list(panels) == ([*PANELS, "clone terms at the end"] if clone else ["loss"])
+    training, heldout = panels["loss"]
+    assert list(training.get_ydata()) == [8.0, 7.0, 6.5]
+    assert list(heldout.get_ydata()) == [6.5] and heldout.get_marker() == "o"
+    assert all(lines for lines in panels.values())
+
+
+def test_figure_without_an_evaluation_or_a_loss(results, tmp_path, monkeypatch):
+    lines = [line for line in results["ours"][0] if "lm" in line]
+    assert list(drawn({"run": lines}, tmp_path / "curves.png", monkeypatch)) == ["loss"]
+    with pytest.raises(SystemExit, match="have logged no loss yet"):
+        plot.draw({"run": []}, str(tmp_path / "none.png"))
     with pytest.raises(SystemExit, match="is no run's out_dir"):
         plot.read_metrics(str(tmp_path / "none"))
