@@ -531,7 +531,7 @@ def write_model_card(path: Path, name: str, student: Llama, source: Path, teache
         state = read_json(source / "trainer/state.json")
         run = state["options"]
         training = describe_training(source.parent / "metrics.jsonl", state["step"])
-    made_from = teacher or (run["init_from"] if run else source)
+    made_from = teacher or (run.get("init_from") if run else source)
     origin = "Trained from scratch."
     licence = []
     if made_from:
@@ -553,26 +553,30 @@ def write_model_card(path: Path, name: str, student: Llama, source: Path, teache
 
 def describe_training(log: Path, last_step: int) -> str:
     """Tokens and held-out losses up to a step, by a run's metrics.jsonl; "" where that is not there."""
+    if not log.is_file():
+        return ""
     tokens = 0
     losses = ""
-    for text in log.read_text().splitlines(keepends=True) if log.is_file() else ():
-        if not text.endswith("\n"):  # cut short by a kill
-            continue
-        line = json.loads(text)
-        if line["step"] <= last_step:
-            tokens = line["tokens"]
-            if line.get("val_lm") is not None:
-                losses = f"Held-out loss at step {line['step']:,}, nats a token: {line['val_lm']:.4f}"
-                if line.get("val_teacher_lm") is not None:
-                    losses += f"; its teacher's: {line['val_teacher_lm']:.4f}"
-    return f"\nTrained for {last_step:,} steps, {tokens:,} tokens.\n{losses}\n" if tokens else ""
+    for text in log.read_text().splitlines(keepends=True):
+        # a kill can cut the last line short
+        line = json.loads(text) if text.endswith("\n") else {"step": math.inf}
+        if line["step"] > last_step:
+            break
+        tokens = line["tokens"]
+        if line.get("val_lm") is not None:
+            losses = f"Held-out loss at step {line['step']:,}, nats a token: {line['val_lm']:.4f}"
+        if line.get("val_teacher_lm") is not None:
+            losses += f"; its teacher's: {line['val_teacher_lm']:.4f}"
+    return f"\nTrained for {last_step:,} steps, {tokens:,} tokens.\n{losses}\n"
 
 
 def copy_licence(source: Path, target: Path) -> list[str]:
     """Copies LICENSE files; returns the licence's lines for the front matter of a model card."""
-    card = source / "README.md"
-    front_matter = card.read_text(encoding="utf-8").split("\n---")[0] if card.is_file() else ""
-    licence = [line for line in front_matter.splitlines() if line.startswith("license")]
+    licence = []
+    if (source / "README.md").is_file():
+        card = (source / "README.md").read_text(encoding="utf-8", errors="replace")
+        front_matter = card.split("\n---")[0]
+        licence = [line for line in front_matter.splitlines() if line.startswith("license")]
     for file in sorted(source.glob("LICENSE*")):
         shutil.copyfile(file, target / file.name)
         licence = licence or ["license: other", "license_name: see-file", f"license_link: {file.name}"]
