@@ -233,7 +233,7 @@ def test_stdout_is_the_text_alone():
     assert outputs[0] == outputs[1]
     tokens = load_tokenizer(BUNDLED)
     ids = tokens.encode("def f(").ids
-    ((row,),) = [continuations(convert.load_model(BUNDLED), [ids], 5)]
+    (row,) = continuations(convert.load_model(BUNDLED), [ids], 5)
     assert outputs[0] == f"def f({tokens.decode(row)}\n"
 
 
