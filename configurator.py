@@ -8,8 +8,8 @@
 A script's options are the assignments between its docstring and its call of `configure`, one a line, each
 with a trailing comment. The default says what type is allowed; where that is not enough, an annotation does
 (`teacher: str | None = None`). A config file assigns to the same names and may read them (`max_steps = 2 *
-max_steps`). Anything else ends in one line on stderr and exit code 2, before torch is imported or a file is
-written.
+max_steps`). It may import and define functions; the name of a helper variable begins with an underscore.
+Anything else ends in one line on stderr and exit code 2, before torch is imported or a file is written.
 """
 
 import ast
@@ -28,31 +28,34 @@ FIRST = os.environ.get("RANK", "0") == "0"  # under torchrun, one process speaks
 
 def read_options(source: str) -> dict[str, tuple[object, object, str]]:
     """The options declared in a script's source: {name: (default, allowed type, comment)}."""
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
+    comments = {}  # by line
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string.lstrip("# ")
     options = {}
     for node in ast.parse(source).body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            name, annotation = node.target.id, ast.unparse(node.annotation)
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            name, annotation = node.targets[0].id, None
-        elif isinstance(node, ast.If):
-            break  # `if __name__ == "__main__": configure(globals())` ends the options
+        # `if __name__ == "__main__": configure(globals())` ends the options
+        if isinstance(node, ast.If):
+            break
+        annotation = None
+        if isinstance(node, ast.AnnAssign):
+            target = node.target
+            annotation = ast.unparse(node.annotation)
+        elif isinstance(node, ast.Assign):
+            target = node.targets[0]
         else:
             continue
+        # and so does the first computed value
         try:
             default = ast.literal_eval(node.value)
         except ValueError:
-            break  # so does the first computed value
-        allowed = eval(annotation, {"Literal": typing.Literal}) if annotation else type(default)
-        options[name] = (
-            default,
-            allowed,
-            " ".join(comments[n] for n in range(node.lineno, node.end_lineno + 1) if n in comments),
-        )
+            break
+        allowed = type(default)
+        if annotation:
+            allowed = eval(annotation, {"Literal": typing.Literal})
+        lines = range(node.lineno, node.end_lineno + 1)
+        comment = " ".join(comments[line] for line in lines if line in comments)
+        options[target.id] = (default, allowed, comment)
     return options
 
 
@@ -88,6 +91,29 @@ def accept(value, allowed):
     raise TypeError
 
 
+def choose_device(name: str | None):
+    """The torch.device of an option `device`; None is cuda where there is one, or cpu. ValueError where this
+    machine, or its torch, has no such device."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        name = "cuda" if gpus else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            # Counted, not tried out: that would take memory on the first GPU in every process.
+            found = (device.index or 0) < gpus
+        else:
+            found = torch.ones(1, device=device).item() == 1
+    except Exception:  # what torch raises differs from device to device
+        found = False
+    if not found:
+        allowed = "cpu, cuda" if gpus else "cpu"
+        raise ValueError(f"device is {name!r}, which torch {torch.__version__} lacks here; it has {allowed}")
+    return device
+
+
 def need_compiler(device_type: str) -> None:
     """ValueError where torch.compile lacks the C++ compiler that it needs on a CPU."""
     if device_type == "cpu" and not shutil.which(os.environ.get("CXX", "g++").split()[0]):
@@ -100,68 +126,94 @@ def fail(message: str) -> typing.NoReturn:
     raise SystemExit(2)
 
 
-def configure(script: dict, arguments: list[str] | None = None) -> dict:
+def print_help(description: str, options: dict) -> None:
+    print(description.strip(), "\n\noptions:")
+    for name, (default, allowed, comment) in options.items():
+        line = f"  --{name}={default!r}"
+        if default is None or typing.get_args(allowed):
+            line += f"  ({type_name(allowed)})"
+        print(f"{line}\n        {comment}")
+
+
+def read_value(text: str, allowed):
+    """The value of --name=text: a Python literal where that is of the allowed type, else the text itself."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    try:
+        accept(value, allowed)
+    except TypeError:
+        # --run_name=7 is a string
+        if allowed is str or str in typing.get_args(allowed):
+            return text
+    return value
+
+
+def run_config(file: str, values: dict) -> dict:
+    """What a config file assigns, given the values so far. Helpers are left out: names with a leading
+    underscore, and unknown ones that are imported, functions or classes."""
+    if not Path(file).is_file():
+        fail(f"config file {file} does not exist")
+    namespace = dict(values)
+    try:
+        tree = ast.parse(Path(file).read_text())
+        exec(compile(tree, file, "exec"), namespace)
+    except Exception as error:
+        fail(f"config file {file}: {type(error).__name__}: {error}")
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    imported = {(alias.asname or alias.name).partition(".")[0] for node in imports for alias in node.names}
+    assigned = {}
+    for name, value in namespace.items():
+        is_helper = name.startswith("_") or name in imported or callable(value)
+        if name in values:
+            if value is not values[name]:
+                assigned[name] = value
+        elif not is_helper:
+            assigned[name] = value
+    return assigned
+
+
+def configure(script: dict, arguments: list[str] | None = None, log: typing.TextIO | None = None) -> dict:
     """Reads the command line into the options of the script whose globals() are given; returns {name: value}.
 
-    Exits with code 2 and one line for an unknown option, a value of the wrong type or a missing file.
+    Prints those that differ from the defaults, to `log` where stdout is for something else. Exits with code 2
+    and one line for an unknown option, a value of the wrong type or a missing file.
     """
-    path = script["__file__"]
-    options = read_options(Path(path).read_text())
+    options = read_options(Path(script["__file__"]).read_text())
     values = {name: default for name, (default, _, _) in options.items()}
 
-    def assign(name: str, value, where: str) -> None:
+    def assign(name: str, value, where: str, advice: str) -> None:
         if name not in options:
             near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
             hint = f'; did you mean "{near[0]}"?' if near else ""
-            fail(f'{where}: unknown option "{name}"{hint} (--help lists all)')
+            fail(f'{where}: unknown option "{name}"{hint} ({advice})')
+        allowed = options[name][1]
         try:
-            values[name] = accept(value, options[name][1])
+            values[name] = accept(value, allowed)
         except TypeError:
-            fail(f"{where}: {name} is {value!r}, but must be {type_name(options[name][1])}")
+            fail(f"{where}: {name} is {value!r}, but must be {type_name(allowed)}")
 
     for argument in sys.argv[1:] if arguments is None else arguments:
         if argument in ("-h", "--help"):
-            print((script.get("__doc__") or "").strip(), "\n\noptions:")
-            for name, (default, allowed, comment) in options.items():
-                shown = type_name(allowed) if default is None or typing.get_args(allowed) else ""
-                print(
-                    f"  --{name}={default!r}", f"  ({shown})" if shown else "", f"\n        {comment}", sep=""
-                )
+            print_help(script.get("__doc__") or "", options)
             raise SystemExit(0)
         if argument.startswith("--"):
             name, equals, text = argument[2:].partition("=")
             if not equals:
                 fail(f'"{argument}" has no value: write --{name}=VALUE')
-            try:
-                value = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                value = text
             allowed = options[name][1] if name in options else str
-            try:
-                accept(value, allowed)
-            except TypeError:
-                value = (
-                    text if str in (allowed, *typing.get_args(allowed)) else value
-                )  # --run_name=7 is a string
-            assign(name, value, "command line")
-        elif not argument.endswith(".py"):
-            fail(f'"{argument}" is neither a config file (*.py) nor --key=value')
+            assign(name, read_value(text, allowed), "command line", "--help lists all")
+        elif argument.endswith(".py"):
+            advice = "--help lists all; a helper variable needs a leading underscore"
+            for name, value in run_config(argument, values).items():
+                assign(name, value, argument, advice)
         else:
-            if not Path(argument).is_file():
-                fail(f"config file {argument} does not exist")
-            namespace = dict(values)
-            try:
-                exec(compile(Path(argument).read_text(), argument, "exec"), namespace)
-            except Exception as error:
-                fail(f"config file {argument}: {type(error).__name__}: {error}")
-            for name, value in namespace.items():
-                private = name.startswith("_") or isinstance(value, types.ModuleType)
-                if not private and not (name in values and value is values[name]):
-                    assign(name, value, argument)
+            fail(f'"{argument}" is neither a config file (*.py) nor --key=value')
     changed = [name for name, (default, _, _) in options.items() if values[name] != default]
     if changed and FIRST:
-        print("options that differ from the defaults:")
+        print("options that differ from the defaults:", file=log)
         for name in changed:
-            print(f"  {name} = {values[name]!r}")
+            print(f"  {name} = {values[name]!r}", file=log)
     script.update(values)
     return values

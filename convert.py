@@ -6,8 +6,8 @@
 
 Turns a checkpoint into an ordinary Hugging Face directory. The student's weights are composed in float32 and
 written in `dtype` with the teacher's tokenizer files. What was written is loaded again, and its logits are
-compared with the checkpoint's, before the directory gets its name. tools/from_authors.py reads the authors'
-checkpoints.
+compared with the checkpoint's, before the directory gets its name. A README.md in it says what it is, its
+model card. tools/from_authors.py reads the authors' checkpoints.
 """
 
 from typing import Literal
@@ -27,7 +27,9 @@ if __name__ == "__main__":
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -35,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from configurator import FIRST
 from model import Llama, LossConfig, LowRankClone, ModelConfig, StudentConfig, is_free, start_from_clone
 
 # Our name of each weight of a layer -> its name in a Hugging Face checkpoint, under "model.layers.{i}."
@@ -109,6 +112,10 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
     rope_theta = rope.pop("rope_theta", None) or hf.get("rope_theta", 10000.0)
     rope_type = rope.pop("rope_type", None) or rope.get("type", "default")
     rope.pop("type", None)
+    rms_norm_eps = hf.get("rms_norm_eps", 1e-6)
+    for field, value in (("rms_norm_eps", rms_norm_eps), ("rope_theta", rope_theta)):
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            refuse(field, value, "a positive number")
     if rope_type not in ROPE_FIELDS:
         refuse("rope_scaling type", rope_type, " | ".join(ROPE_FIELDS))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -123,14 +130,14 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
     biased = bool(hf.get("attention_bias", False))
     if heads % key_value_heads:
         refuse("num_key_value_heads", key_value_heads, f"a divisor of num_attention_heads {heads}")
-    if head_dim % 2:
-        refuse("head_dim", head_dim, "an even number")
+    if head_dim % 2 or head_dim < 2:
+        refuse("head_dim", head_dim, "a positive even number")
     return ModelConfig(
         model_type=family,
         **{field: hf[field] for field in SIZES},
         num_key_value_heads=key_value_heads,
         head_dim=head_dim,
-        rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+        rms_norm_eps=rms_norm_eps,
         rope_theta=float(rope_theta),
         rope_scaling=None if rope_type == "default" else {"rope_type": rope_type, **rope},
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
@@ -215,7 +222,10 @@ def weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.is_file():
-        names = set(read_json(index)["weight_map"].values())
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map")
+        names = set(map(str, weight_map.values()))
     for name in names:
         if Path(name).name != name:
             raise ValueError(f"{index} names {name}, which is not a file of its directory")
@@ -320,6 +330,8 @@ def save_model(
         write_json(path / "model.safetensors.index.json", index)
     for file, shard in zip(files, shards, strict=True):
         save_file(shard, path / file, metadata={"format": "pt"})
+        # safetensors lets only the owner read what it writes
+        shutil.copymode(path / "config.json", path / file)
 
     generation = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
     source = Path(tokenizer) if tokenizer else path
@@ -328,7 +340,22 @@ def save_model(
     write_json(path / "generation_config.json", generation)
     for name in TOKENIZER_FILES:
         if source != path and (source / name).is_file():
-            (path / name).write_bytes((source / name).read_bytes())
+            shutil.copyfile(source / name, path / name)
+    make_tokenizer_portable(path / "tokenizer_config.json")
+
+
+def make_tokenizer_portable(file: Path) -> None:
+    """Writes what only transformers 5 reads as transformers 4 and llama.cpp's converter read it too."""
+    config = read_json(file) if file.is_file() else {}
+    portable = dict(config)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        portable["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # by default that class gives token_type_ids too, which generate() refuses
+        portable.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    if isinstance(config.get("extra_special_tokens"), list):
+        portable["additional_special_tokens"] = portable.pop("extra_special_tokens")
+    if portable != config:
+        write_json(file, portable)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -506,17 +533,31 @@ def checkpoints(out_dir: str | Path) -> list[Path]:
     return sorted(path for path in Path(out_dir).glob("step_*") if path.name[5:].isdigit())
 
 
+def newest_whole(found: list[Path]) -> Path | None:
+    """The newest checkpoint whose files can all be read; says which could not."""
+    for path in reversed(found):
+        try:
+            read_json(path / "config.json")
+            read_json(path / "trainer/state.json")
+            tensor_slices([*weight_files(path), *(path / "trainer").glob("*.safetensors")])
+            return path
+        except ValueError as error:
+            if FIRST:
+                print(f"passing over {path}: {error}", file=sys.stderr)
+    return None
+
+
 def resolve(path: str | Path) -> Path:
-    """A Hugging Face directory or a checkpoint as it is; of an out_dir, its latest checkpoint."""
+    """A Hugging Face directory or a checkpoint as it is; of an out_dir, its newest whole one."""
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path} is no directory; give a Hugging Face directory, a checkpoint or an out_dir")
     if (path / "config.json").is_file():
         return path
-    found = checkpoints(path)
-    if not found:
-        raise ValueError(f"{path} has neither a config.json nor a checkpoint (step_*)")
-    return found[-1]
+    newest = newest_whole(checkpoints(path))
+    if newest is None:
+        raise ValueError(f"{path} has neither a config.json nor a whole checkpoint (step_*)")
+    return newest
 
 
 # ---- the export
@@ -543,6 +584,84 @@ def largest_difference(expected: Tensor, found: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+{licence}---
+
+# {name}
+
+{origin}
+{count:,} parameters: hidden size {shape.hidden_size}, {shape.num_hidden_layers} layers, \
+{shape.num_attention_heads} heads of {shape.head_dim}, vocabulary {shape.vocab_size:,}.
+{training}
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("{name}")
+    model = AutoModelForCausalLM.from_pretrained("{name}", torch_dtype="auto")
+{options}"""
+
+
+def write_model_card(path: Path, name: str, student: Llama, source: Path, teacher: str | None) -> None:
+    """README.md of an export to `path`, with the licence of its teacher, or of what it was made from."""
+    run = {}
+    training = ""
+    if (source / "trainer/state.json").is_file():
+        state = read_json(source / "trainer/state.json")
+        run = state["options"]
+        training = describe_training(source.parent / "metrics.jsonl", state["step"])
+    made_from = teacher or (run.get("init_from") if run else source)
+    origin = "Trained from scratch."
+    licence = []
+    if made_from:
+        kind = "A low-rank clone (https://arxiv.org/abs/2505.12781) of" if teacher else "Made from"
+        origin = f"{kind} {Path(made_from).resolve().name}."
+        licence = copy_licence(Path(made_from), path)
+    options = "".join(f"    {option} = {value!r}\n" for option, value in run.items())
+    card = CARD.format(
+        licence="".join(line + "\n" for line in licence),
+        name=name,
+        origin=origin,
+        count=sum(weight.numel() for weight in student.parameters()),
+        shape=student.config,
+        training=training,
+        options=f"\nThe options of its run:\n\n{options}" if run else "",
+    )
+    (path / "README.md").write_text(card, encoding="utf-8")
+
+
+def describe_training(log: Path, last_step: int) -> str:
+    """Tokens and held-out losses up to a step, by a run's metrics.jsonl; "" where that is not there."""
+    if not log.is_file():
+        return ""
+    tokens = 0
+    losses = ""
+    for text in log.read_text().splitlines(keepends=True):
+        # a kill can cut the last line short
+        line = json.loads(text) if text.endswith("\n") else {"step": math.inf}
+        if line["step"] > last_step:
+            break
+        tokens = line["tokens"]
+        if line.get("val_lm") is not None:
+            losses = f"Held-out loss at step {line['step']:,}, nats a token: {line['val_lm']:.4f}"
+        if line.get("val_teacher_lm") is not None:
+            losses += f"; its teacher's: {line['val_teacher_lm']:.4f}"
+    return f"\nTrained for {last_step:,} steps, {tokens:,} tokens.\n{losses}\n"
+
+
+def copy_licence(source: Path, target: Path) -> list[str]:
+    """Copies LICENSE files; returns the licence's lines for the front matter of a model card."""
+    licence = []
+    if (source / "README.md").is_file():
+        card = (source / "README.md").read_text(encoding="utf-8", errors="replace")
+        front_matter = card.split("\n---")[0]
+        licence = [line for line in front_matter.splitlines() if line.startswith("license")]
+    for file in sorted(source.glob("LICENSE*")):
+        shutil.copyfile(file, target / file.name)
+        licence = licence or ["license: other", "license_name: see-file", f"license_link: {file.name}"]
+    return licence
+
+
 @torch.no_grad()
 def main() -> None:
     target = Path(out)
@@ -556,6 +675,7 @@ def main() -> None:
             f"{source} is of the authors' code; make a checkpoint of it by tools/from_authors.py"
         )
     tokenizer = tokenizer_directory(source, teacher)
+    its_teacher = clone_directories(source, teacher)[0] if is_clone(source) else None
     original = load_checkpoint(source, teacher)
     ids = torch.randint(original.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     expected = original.logits(ids)
@@ -580,11 +700,18 @@ def main() -> None:
         raise ValueError(
             f"the logits of what was written differ by {max(exact, rounding):.1e}; {out} is not kept"
         )
+    write_model_card(partial, target.resolve().name, student, source, its_teacher)
     partial.rename(target)
     count = sum(weight.numel() for weight in student.parameters())
     print(f"{out}: {count:,} parameters in {dtype}; logits within {rounding:.1e} (relative) of {source}'s")
     if not (target / "tokenizer.json").is_file():
         print(f"{out} has no tokenizer: {tokenizer} has no tokenizer.json")
+    config = student.config
+    if config.model_type == "qwen2" and config.hidden_size != config.num_attention_heads * config.head_dim:
+        print(
+            f"{out}: vLLM and llama.cpp take a Qwen2's head_dim as hidden size / heads, which is not its "
+            f"{config.head_dim}; for them export it with --arch=llama"
+        )
 
 
 if __name__ == "__main__":

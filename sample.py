@@ -25,11 +25,16 @@ dtype: Literal["float32", "bfloat16"] | None = None  # to compute in; None: bflo
 compile = False  # compile the layers; worth it for long generations
 
 if __name__ == "__main__":
+    import sys
+
     from configurator import configure
 
-    configure(globals())
+    configure(globals(), log=sys.stderr)  # stdout is for the text
 
-import itertools
+import contextlib
+import importlib
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,9 +42,11 @@ import torch
 import torch.nn.functional as F
 
 import convert
-from configurator import need_compiler
+from configurator import choose_device, need_compiler
 from model import Llama, LowRankClone, ModelConfig, head_of, hidden_states, rope_table
 from prepare import chat_template, load_tokenizer, special_ids
+
+BREAK = "\U000f0000"  # a character for private use, which no text has
 
 
 def pick(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator) -> torch.Tensor:
@@ -116,32 +123,67 @@ class Streamer:
     """Turns token ids into text as they come, holding back bytes of a character that is not whole yet."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.shown = tokenizer, [], 0
+        self.tokenizer = tokenizer
+        self.ids = []
+        self.length = 0  # of the text so far
 
     def add(self, token: int) -> str:
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids, skip_special_tokens=False)
         if text.endswith("\ufffd"):
             return ""
-        new, self.shown = text[self.shown :], len(text)
+        new = text[self.length :]
+        self.length = len(text)
         return new
 
 
 def ending_ids(eos: int | None, config: ModelConfig, directory: str) -> tuple[int, ...]:
     """The ids that end a text or a turn: the tokenizer's, the model's and generation_config.json's EOS."""
-    ids, file = [eos, config.eos_token_id], Path(directory) / "generation_config.json"
+    found = [eos, config.eos_token_id]
+    file = Path(directory) / "generation_config.json"
     if file.is_file():
-        ids.append(convert.read_json(file).get("eos_token_id"))
-    ids = [i for given in ids for i in (given if isinstance(given, list) else [given])]
-    return tuple({i for i in ids if i is not None})
+        found.append(convert.read_json(file).get("eos_token_id"))
+    ids = set()
+    for value in found:  # an id, a list of ids, or None
+        ids.update(value if isinstance(value, list) else [value])
+    return tuple(ids - {None})
+
+
+def encode_text(tokens, text: str) -> list[int]:
+    """The ids of a text; a special token's name in it is text as any other."""
+    tokens.encode_special_tokens = True
+    ids = tokens.encode(text, add_special_tokens=False).ids
+    tokens.encode_special_tokens = False
+    return ids
+
+
+def encode_chat(tokens, render, messages: list[dict]) -> list[int]:
+    """The ids of a chat up to the assistant's next turn; only the template's own marks are special tokens."""
+    specials = [re.escape(t.content) for t in tokens.get_added_tokens_decoder().values() if t.special]
+    name = re.compile("|".join(sorted(specials, key=len, reverse=True)) or "(?!)")
+    # A name that a message spells out is broken up while the template puts its own beside it.
+    safe = []
+    for message in messages:
+        content = name.sub(lambda match: match[0][0] + BREAK + match[0][1:], message["content"])
+        safe.append({**message, "content": content})
+    text = render(safe, add_generation_prompt=True)
+    if BREAK not in text:
+        return tokens.encode(text, add_special_tokens=False).ids
+    ids = []
+    for part in re.split(f"({name.pattern})", text):
+        if name.fullmatch(part):
+            ids.append(tokens.token_to_id(part))
+        else:
+            ids += encode_text(tokens, part.replace(BREAK, ""))
+    return ids
 
 
 def stream(llama: Llama, tokens, ids: list[int], seed: int, stop_ids: tuple[int, ...]) -> list[int]:
     """Prints the continuation of ids as it comes and returns it; in a chat, Ctrl-C only ends it."""
     streamer = Streamer(tokens)
-    arguments = (max_new_tokens, temperature, top_k, top_p, seed, stop_ids)
     try:
-        for (token,) in generate(llama, [ids], *arguments):
+        steps = generate(llama, [ids], max_new_tokens, temperature, top_k, top_p, seed, stop_ids)
+        for (token,) in steps:
             if token is not None:
                 print(streamer.add(token), end="", flush=True)
     except KeyboardInterrupt:
@@ -153,39 +195,63 @@ def stream(llama: Llama, tokens, ids: list[int], seed: int, stop_ids: tuple[int,
 
 def converse(llama: Llama, tokens, render, stop_ids: tuple[int, ...]) -> None:
     """A chat in the terminal, a line a turn; its oldest turns are forgotten when the context is full."""
-    history, room = [], llama.config.max_position_embeddings - max_new_tokens
+    with contextlib.suppress(ImportError):  # not on Windows
+        importlib.import_module("readline")  # input() then edits its line and knows those before
     instructions = [{"role": "system", "content": system}] if system else []
+    history = []
+    room = llama.config.max_position_embeddings - max_new_tokens
+    turn = 0
     print("Ctrl-C stops a reply; an empty line or Ctrl-D leaves.")
-    for turn in itertools.count():
+    while True:
         try:
             line = input("> ").strip()
+        except KeyboardInterrupt:
+            print()
+            continue
         except EOFError:
             line = ""
         if not line:
             return
         history.append({"role": "user", "content": line})
-        while True:
-            text = render(instructions + history, add_generation_prompt=True)
-            ids = tokens.encode(text, add_special_tokens=False).ids
-            if len(ids) <= room or len(history) == 1:
-                break
+        ids = encode_chat(tokens, render, instructions + history)
+        while len(ids) > room and len(history) > 1:
             del history[:2]
+            ids = encode_chat(tokens, render, instructions + history)
         reply = stream(llama, tokens, ids, seed + turn, stop_ids)
         history.append({"role": "assistant", "content": tokens.decode(reply).strip()})
+        turn += 1
+
+
+def check_options() -> None:
+    """Refuses, before anything is loaded, what no model can do: ValueError, one line."""
+    for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("top_k", 0), ("temperature", 0)):
+        if globals()[name] < least:
+            raise ValueError(f"{name} is {globals()[name]}; it must be at least {least}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    for name in ("prompt", "system"):
+        try:
+            globals()[name].encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} is not UTF-8: {globals()[name]!r}") from None
 
 
 def main() -> None:
-    device_used = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_options()
+    device_used = choose_device(device)
     if compile:
         need_compiler(device_used.type)
-    directory = tokenizer or convert.tokenizer_directory(convert.resolve(model), teacher)
-    tokens, render = load_tokenizer(directory), chat_template(directory) if chat else None
-    llama = convert.load_checkpoint(convert.resolve(model), teacher)
+    source = convert.resolve(model)
+    directory = tokenizer or convert.tokenizer_directory(source, teacher)
+    tokens = load_tokenizer(directory)
+    render = chat_template(directory) if chat else None
+    llama = convert.load_checkpoint(source, teacher)
     if tokens.get_vocab_size() > llama.config.vocab_size:
         raise ValueError(
             f"{directory} has {tokens.get_vocab_size()} tokens; {model} has {llama.config.vocab_size}"
         )
-    llama = llama.merge() if isinstance(llama, LowRankClone) else llama
+    if isinstance(llama, LowRankClone):
+        llama = llama.merge()
     llama.dtype = getattr(torch, dtype or ("bfloat16" if device_used.type == "cuda" else "float32"))
     llama = llama.to(device_used, llama.dtype)
     if compile:
@@ -193,8 +259,9 @@ def main() -> None:
     bos, eos = special_ids(tokens, directory)
     stop_ids = ending_ids(eos, llama.config, directory)
     if chat:
+        sys.stdin.reconfigure(errors="replace")
         return converse(llama, tokens, render, stop_ids)
-    ids = bos + tokens.encode(prompt, add_special_tokens=False).ids
+    ids = bos + encode_text(tokens, prompt)
     if not ids:
         if eos is None:
             raise ValueError("the prompt is empty and the tokenizer has neither BOS nor EOS to start from")

@@ -96,9 +96,12 @@ dtype: Literal["float32", "bfloat16", "float16"] | None = (
 )
 
 if __name__ == "__main__":
+    import sys
+
     from configurator import configure
 
-    options = configure(globals())
+    # stdout is for the numbers of an evaluation
+    options = configure(globals(), log=sys.stderr if "--eval_only=True" in sys.argv else None)
 
 import contextlib
 import dataclasses
@@ -135,7 +138,7 @@ from tqdm import tqdm
 
 import convert
 import model as models
-from configurator import need_compiler
+from configurator import choose_device, need_compiler
 from prepare import Mixture, load_tokenizer, special_ids, vocabulary_hash, write_shards
 from sample import generate
 
@@ -155,7 +158,7 @@ def print0(text: str) -> None:
 
 def start_device() -> torch.device:
     """This process's device, its process group begun under torchrun."""
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = choose_device(device)
     if chosen.type == "cuda":
         chosen = torch.device("cuda", chosen.index or int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(chosen)
@@ -693,20 +696,6 @@ def save_checkpoint(
     return path
 
 
-def newest_whole(found: list[Path]) -> Path | None:
-    """The newest checkpoint whose files can all be read; says which could not."""
-    for path in reversed(found):
-        try:
-            convert.read_json(path / "config.json")
-            convert.read_json(path / "trainer" / "state.json")
-            files = [*convert.weight_files(path), *(path / "trainer").glob("*.safetensors")]
-            convert.tensor_slices(files)
-            return path
-        except ValueError as error:
-            print0(f"passing over {path}: {error}")
-    return None
-
-
 def read_state(path: Path) -> dict:
     """The checkpoint's {step, optimizer_steps, options}; ValueError where it belongs to another run."""
     state = convert.read_json(path / "trainer" / "state.json")
@@ -873,7 +862,7 @@ def main() -> None:
     log_file = Path(out_dir) / "metrics.jsonl"
     if not (resume or restarted or eval_only) and (found or (log_file.exists() and save_every)):
         raise ValueError(f"{out_dir} holds a run: go on with --resume=True, or choose another --out_dir")
-    last = newest_whole(found) if resume or restarted else None
+    last = convert.newest_whole(found) if resume or restarted else None
     state = read_state(last) if last else {"step": 0, "optimizer_steps": 0}
     start = state["step"]
 

@@ -90,6 +90,57 @@ def test_a_config_file_reads_options_and_the_command_line_wins(configure):
     assert type(values["rate"]) is float
 
 
+def test_a_config_file_may_import_and_define_functions(configure):
+    text = """
+import math, os.path
+from math import pi, tau as turn
+from pathlib import Path
+
+class Shape:
+    width = 2
+
+def double(x):
+    from math import e
+    return 2 * x
+
+rate = double(pi) - turn + math.floor(1.5) + Shape.width
+name = Path("a/b").name
+"""
+    assert configure(config=text) == DEFAULTS | {"rate": 3.0, "name": "b"}
+
+
+def test_a_config_file_may_import_an_option(configure, tmp_path, monkeypatch):
+    (tmp_path / "shared_by_runs.py").write_text("steps = 5\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert configure(config="from shared_by_runs import steps") == DEFAULTS | {"steps": 5}
+
+
+def test_options_are_printed_where_the_script_says(tmp_path, capsys):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    script = {"__file__": str(tmp_path / "script.py")}
+    configurator.configure(script, ["--steps=3"], log=sys.stderr)
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.endswith("  steps = 3\n")
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "gpu", "meta", "mps", "xla", ""])
+def test_a_device_that_is_not_here(name, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    assert str(configurator.choose_device(None)) == str(configurator.choose_device("cpu")) == "cpu"
+    with pytest.raises(ValueError, match=f"^device is '{name}', which torch .* lacks here; it has cpu$"):
+        configurator.choose_device(name)
+
+
+def test_a_gpu_that_is_here(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for name, chosen in ((None, "cuda"), ("cuda", "cuda"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
+        assert str(configurator.choose_device(name)) == chosen
+    with pytest.raises(ValueError, match=r"device is 'cuda:2'.* it has cpu, cuda"):
+        configurator.choose_device("cuda:2")
+
+
 @pytest.mark.parametrize(
     "arguments, config, words",
     [
@@ -109,6 +160,8 @@ def test_a_config_file_reads_options_and_the_command_line_wins(configure):
         (["flag=True"], None, ['"flag=True"', "neither a config file"]),
         (["no/such.py"], None, ["no/such.py does not exist"]),
         ([], "stepz = 3", ["config.py", '"stepz"', 'did you mean "steps"']),
+        ([], "helper = 3", ["config.py", '"helper"', "a helper variable needs a leading underscore"]),
+        ([], "def steps():\n    pass", ["config.py", "steps is <function steps", "must be int"]),
         ([], "steps = '3'", ["config.py", "steps is '3'", "must be int"]),
         ([], "data = 3", ["data is 3", "must be dict or str"]),
         ([], "source = 3", ["source is 3", "must be str or None"]),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_model import random_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convert
 import model as models
@@ -45,11 +45,9 @@ def test_greedy_tokens_are_transformers(family, lengths, tmp_path):
     """One row, a padded batch, a large one."""
     ours = random_llama(family=family, head_dim=16)
     convert.save_model(ours, tmp_path, torch.float32, None)
-    theirs, rows, width = (
-        AutoModelForCausalLM.from_pretrained(tmp_path).eval(),
-        prompts(*lengths),
-        max(lengths),
-    )
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    rows = prompts(*lengths)
+    width = max(lengths)
     expected = theirs.generate(
         torch.tensor([[0] * (width - len(row)) + row for row in rows]),
         attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
@@ -60,7 +58,8 @@ def test_greedy_tokens_are_transformers(family, lengths, tmp_path):
 
 def test_decoding_in_bfloat16_and_compiled():
     """In bfloat16 the weights are cast once; compiled layers (here traced only) give the same tokens."""
-    llama, rows = random_llama(head_dim=16), prompts(5, 8)
+    llama = random_llama(head_dim=16)
+    rows = prompts(5, 8)
     expected = continuations(llama, rows, 12)
     llama.run_block = torch.compile(llama.run_block, backend="eager", dynamic=True)
     assert continuations(llama, rows, 12) == expected
@@ -115,10 +114,12 @@ def talker(tmp_path_factory):
 def converse(monkeypatch, talker, lines, replies, **options):
     """The prompts the model sees, as text, when a user says `lines` and it answers `replies`.
 
-    KeyboardInterrupt in a reply is the user's Ctrl-C.
+    KeyboardInterrupt, as a line or in a reply, is the user's Ctrl-C.
     """
-    tokens, seen, said = load_tokenizer(talker), [], iter(lines)
+    tokens = load_tokenizer(talker)
     llama = convert.load_model(talker)
+    said = iter(lines)
+    seen = []
 
     def fake(llama, ids, *arguments):
         seen.append(tokens.decode(ids[0], skip_special_tokens=False))
@@ -133,6 +134,8 @@ def converse(monkeypatch, talker, lines, replies, **options):
         line = next(said, None)
         if line is None:
             raise EOFError
+        if line is KeyboardInterrupt:
+            raise line
         return line
 
     monkeypatch.setattr(sample, "generate", fake)
@@ -153,6 +156,35 @@ def test_chat_keeps_history_and_survives_an_interrupt(monkeypatch, talker, capsy
     printed = capsys.readouterr().out
     assert "first\n" in printed and "sec\n" in printed and "third\n" in printed
     assert len(converse(monkeypatch, talker, ["one", "", "two"], ["first"])) == 1  # an empty line leaves
+
+
+def test_ctrl_c_at_the_prompt_keeps_the_conversation(monkeypatch, talker):
+    seen = converse(monkeypatch, talker, ["one", KeyboardInterrupt, "two"], ["first", "second"])
+    assert seen[1] == "<user>one</user><assistant>first</assistant><user>two</user><assistant>"
+
+
+def test_only_the_templates_marks_are_special(tmp_path):
+    """A mark that a message spells out is text; any other conversation is encoded as transformers does."""
+    shutil.copytree(BUNDLED, tmp_path / "talker")
+    mark = "<|endoftext|>"
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}" + mark + "{% endfor %}assistant:"
+    (tmp_path / "talker/chat_template.jinja").write_text(template)
+    tokens = load_tokenizer(tmp_path / "talker")
+    render = sample.chat_template(tmp_path / "talker")
+    chat = [{"role": "user", "content": " def f():\n"}, {"role": "assistant", "content": "pass"}]
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "talker")
+    expected = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert sample.encode_chat(tokens, render, chat) == expected and expected.count(0) == 2
+
+    chat[0]["content"] = f" def f():{mark}user: {mark[:3]}{mark}\n"
+    ids = sample.encode_chat(tokens, render, chat)
+    assert ids.count(0) == 2
+    text = tokens.decode(ids, skip_special_tokens=False)
+    assert text == f"user: def f():{mark}user: {mark[:3]}{mark}{mark}assistant: pass{mark}assistant:"
+    # a prompt, likewise; and what is encoded after it has its marks again
+    prompt = sample.encode_text(tokens, f"a{mark}b")
+    assert 0 not in prompt and tokens.decode(prompt, skip_special_tokens=False) == f"a{mark}b"
+    assert tokens.encode(mark).ids == [0]
 
 
 def test_chat_forgets_its_oldest_turns_but_not_its_instructions(monkeypatch, talker):
@@ -180,8 +212,79 @@ def test_chat_through_pipes(talker):
         seen += chat.stdout.read(1)
     chat.send_signal(signal.SIGINT)
     out, errors = chat.communicate("again\n", timeout=300)
-    assert chat.returncode == 0 and errors == "" and out.count("> ") >= 2  # the next prompt, and the last
+    assert chat.returncode == 0 and out.count("> ") >= 2  # the next prompt, and the last
+    assert errors.startswith("options that differ from the defaults:\n") and "Traceback" not in errors
 
     chat = start(f"--model={BUNDLED}", "--chat=True")
     out, errors = chat.communicate("hello\n")
-    assert chat.returncode == 1 and errors.count("\n") == 1 and "has no chat template" in errors
+    assert chat.returncode == 1 and "has no chat template" in errors.splitlines()[-1]
+
+
+# ---- the command line
+
+
+def test_stdout_is_the_text_alone():
+    outputs = []
+    for _ in range(2):
+        run = start(f"--model={BUNDLED}", "--prompt=def f(", "--max_new_tokens=5", "--temperature=0")
+        out, errors = run.communicate(timeout=300)
+        assert run.returncode == 0 and "max_new_tokens = 5" in errors
+        outputs.append(out)
+    assert outputs[0] == outputs[1]
+    tokens = load_tokenizer(BUNDLED)
+    ids = tokens.encode("def f(").ids
+    (row,) = continuations(convert.load_model(BUNDLED), [ids], 5)
+    assert outputs[0] == f"def f({tokens.decode(row)}\n"
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("temperature", -1.0, "temperature is -1.0; it must be at least 0"),
+        ("top_k", -1, "top_k is -1; it must be at least 0"),
+        ("top_p", 0.0, "top_p is 0.0; it must be above 0 and at most 1"),
+        ("top_p", 1.5, "top_p is 1.5; it must be above 0 and at most 1"),
+        ("max_new_tokens", -5, "max_new_tokens is -5; it must be at least 1"),
+        ("max_new_tokens", 0, "max_new_tokens is 0; it must be at least 1"),
+        ("num_samples", 0, "num_samples is 0; it must be at least 1"),
+        ("prompt", "caf\udce9", r"prompt is not UTF-8: 'caf\\udce9'"),
+        ("system", "\udce9", r"system is not UTF-8: "),
+        ("device", "gpu", "device is 'gpu', which torch .* lacks here"),
+    ],
+)
+def test_refusals(name, value, words, monkeypatch):
+    monkeypatch.setattr(sample, name, value)
+    monkeypatch.setattr(sample, "model", "no/such/model")  # refused before it is looked for
+    with pytest.raises(ValueError, match=f"^{words}"):
+        sample.main()
+
+
+def test_a_prompt_that_is_not_utf8_through_the_command_line():
+    command = [sys.executable, "sample.py", f"--model={BUNDLED}", b"--prompt=caf\xe9"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONUTF8": "1"})
+    assert done.returncode == 1 and done.stdout == b""
+    assert done.stderr.splitlines()[-1].startswith(b"error: prompt is not UTF-8")
+
+
+def test_the_newest_whole_checkpoint_is_taken(tmp_path, monkeypatch, capsys):
+    """Of the newer ones, one has no file and one is cut short."""
+    whole = tmp_path / "step_00000001"
+    shutil.copytree(BUNDLED, whole)
+    (whole / "trainer").mkdir()
+    (whole / "trainer/state.json").write_text("{}")
+    cut = shutil.copytree(whole, tmp_path / "step_00000002")
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    (tmp_path / "step_00000003").mkdir()
+    for name, value in {"model": str(tmp_path), "max_new_tokens": 2, "prompt": "def f("}.items():
+        monkeypatch.setattr(sample, name, value)
+    sample.main()
+    printed = capsys.readouterr()
+    assert printed.out.startswith("def f(")
+    passed_over = printed.err.splitlines()
+    assert len(passed_over) == 2
+    assert "step_00000003: " in passed_over[0] and "config.json does not exist" in passed_over[0]
+    assert "step_00000002: " in passed_over[1] and "truncated" in passed_over[1]
+    shutil.rmtree(whole)
+    with pytest.raises(ValueError, match=r"has neither a config.json nor a whole checkpoint"):
+        convert.resolve(tmp_path)

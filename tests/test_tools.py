@@ -1,15 +1,17 @@
-"""tools/study.py's table and tools/plot.py's figure, from metrics.jsonl files written by hand."""
+"""study.py's table and plot.py's figure, from metrics.jsonl files written by hand; evaluate.py's scores."""
 
 import json
-import sys
 
-import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-
+import evaluate
 import plot
+import pytest
 import study
+import torch
+from conftest import run, succeed
+from test_model import make_clone, random_llama, randomise
+
+import convert
+from sample import generate
 
 
 def write(directory, losses, clone=True):
@@ -21,7 +23,10 @@ def write(directory, losses, clone=True):
         if clone:
             line |= {"val_kl": loss - 2, "val_teacher_lm": 2.0, "val_rank_student": [3.0, 4.0 + step]}
             line |= {"val_rank_teacher": [5.0, 9.0], "val_terms_by_layer": {"clone_q": [1.0, 0.5]}}
-        lines += [json.dumps({"step": step, "tokens": 250 * step, "loss": loss}), json.dumps(line)]
+        lines += [
+            json.dumps({"step": step, "tokens": 250 * step, "loss": 9 * loss, "lm": loss}),
+            json.dumps(line),
+        ]
     (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return study.read_metrics(directory)
 
@@ -59,9 +64,158 @@ def test_an_unfinished_run_is_noticed(results, tmp_path):
     assert not study.is_finished(tmp_path / "ours_1", 4, 250)
 
 
-def test_figure(results, tmp_path):
-    pytest.importorskip("matplotlib")
-    plot.draw({name: runs[0] for name, runs in results.items()}, str(tmp_path / "curves.png"))
-    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+def drawn(runs, out, monkeypatch):
+    """{title: its lines that have a point, without the teacher's} of the figure that plot.draw writes."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    make = pyplot.subplot_mosaic
+    monkeypatch.setattr(
+        pyplot, "subplot_mosaic", lambda *a, **o: figures.append(make(*a, **o)) or figures[-1]
+    )
+    plot.draw(runs, str(out))
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    ((figure, _),) = figures
+    panels = {}
+    for axes in figure.axes:
+        lines = [line for line in axes.lines if len(line.get_xdata()) and line.get_linestyle() != "--"]
+        panels[axes.get_title().split(":")[0].split(",")[0]] = lines
+    return panels
+
+
+PANELS = ["loss", "KL(teacher ‖ student)", "effective rank of the last layer's hidden states"]
+
+
+def test_figure(results, tmp_path, monkeypatch):
+    runs = {name: runs[0] for name, runs in results.items()}
+    panels = drawn(runs, tmp_path / "curves.png", monkeypatch)
+    assert list(panels) == [*PANELS, "clone terms at the end"]
+    assert [len(lines) for lines in panels.values()] == [6, 2, 2, 2]
+
+
+@pytest.mark.parametrize("clone", [True, False])
+def test_figure_of_one_evaluation(tmp_path, monkeypatch, clone):
+    """A point is seen, and the training loss beside it; no panel is empty."""
+    lines = write(tmp_path / "run", (8.0, 7.0, 6.5), clone)
+    lines = [line for line in lines if "lm" in line] + lines[-1:]
+    panels = drawn({"run": lines}, tmp_path / "curves.png", monkeypatch)
+    assert list(panels) == ([*PANELS, "clone terms at the end"] if clone else ["loss"])
+    training, heldout = panels["loss"]
+    assert list(training.get_ydata()) == [8.0, 7.0, 6.5]
+    assert list(heldout.get_ydata()) == [6.5] and heldout.get_marker() == "o"
+    assert all(lines for lines in panels.values())
+
+
+def test_figure_without_an_evaluation_or_a_loss(results, tmp_path, monkeypatch):
+    lines = [line for line in results["ours"][0] if "lm" in line]
+    assert list(drawn({"run": lines}, tmp_path / "curves.png", monkeypatch)) == ["loss"]
+    with pytest.raises(SystemExit, match="have logged no loss yet"):
+        plot.draw({"run": []}, str(tmp_path / "none.png"))
     with pytest.raises(SystemExit, match="is no run's out_dir"):
         plot.read_metrics(str(tmp_path / "none"))
+
+
+# ---- tools/evaluate.py
+
+
+def test_agreement_length():
+    teacher = random_llama(head_dim=16)
+    blocks = torch.randint(1, 96, (12, 9), generator=torch.Generator().manual_seed(4))
+    assert evaluate.agreement_length(teacher, teacher, blocks, 10) == 10
+    # a student whose continuations are the teacher's for a while
+    student = random_llama(head_dim=16)
+    noise = random_llama(seed=1, head_dim=16)
+    for weight, other in zip(student.parameters(), noise.parameters(), strict=True):
+        weight.data.lerp_(other, 0.06)
+    lengths = []
+    for block in blocks.tolist():
+        theirs, ours = (list(generate(llama, [block], 10)) for llama in (teacher, student))
+        lengths.append(next((i for i in range(10) if theirs[i] != ours[i]), 10))
+    assert len(set(lengths)) > 3  # not all at once, and not never
+    found = evaluate.agreement_length(student, teacher, blocks, 10)
+    assert found == pytest.approx(sum(lengths) / len(lengths))
+
+
+@pytest.fixture
+def clones(tmp_path, teacher):
+    """A run of three checkpoints, the second of them cut short."""
+    out_dir = tmp_path / "run"
+    for step in (1, 2, 3):
+        path = out_dir / f"step_{step:08d}"
+        clone = make_clone(convert.load_model(teacher), 24)
+        randomise(clone.trained().items(), seed=step)
+        convert.save_clone(clone, path, str(teacher), str(teacher))
+        (path / "trainer").mkdir()
+        (path / "trainer/state.json").write_text("{}")
+    cut = out_dir / "step_00000002/model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:1000])
+    return out_dir
+
+
+def set_options(monkeypatch, **options):
+    for name, value in options.items():
+        monkeypatch.setattr(evaluate, name, value if isinstance(value, tuple) else str(value))
+
+
+def test_evaluate_passes_over_what_is_done(clones, monkeypatch, capsys):
+    """A failure, or a kill, leaves the results before it; the same command measures the rest, once."""
+    measured = []
+
+    def run_tasks(checkpoint, device):
+        measured.append(checkpoint.name)
+        if measured == ["step_00000001", "step_00000003"]:
+            raise ValueError("stopped")
+        return {"library": {"acc,none": 0.5}}
+
+    monkeypatch.setattr(evaluate, "run_tasks", run_tasks)
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: name)
+    set_options(monkeypatch, out_dir=clones, tasks="library", device="cpu", arguments=("--limit=8",))
+    with pytest.raises(ValueError, match="stopped"):
+        evaluate.main()
+    assert "passing over" in capsys.readouterr().err  # the one cut short
+    for _ in range(2):
+        evaluate.main()
+    assert measured == ["step_00000001", "step_00000003", "step_00000003"]
+    lines = evaluate.read_results(clones / "results.jsonl")
+    assert [line["checkpoint"] for line in lines] == ["step_00000001", "step_00000003"]
+    assert all(line["results"] == {"library": {"acc,none": 0.5}} for line in lines)
+    # other tasks are other scores
+    set_options(monkeypatch, tasks="library,piqa")
+    evaluate.main()
+    assert measured[3:] == ["step_00000001", "step_00000003"]
+
+
+def test_evaluate_on_the_command_line(clones, corpus, teacher):
+    """The agreement, with no lm_eval, of clones and of a run that has none."""
+    options = ("--tasks=", f"--data={corpus}", "--agreement_blocks=3", "--prompt_tokens=8", "--new_tokens=4")
+    done = succeed("tools/evaluate.py", f"--out_dir={clones}", *options)
+    assert done.stdout.count("agreement_length") == 2
+    lines = evaluate.read_results(clones / "results.jsonl")
+    assert [line["step"] for line in lines] == [1, 3]
+    assert all(0 <= line["agreement_length"] <= 4 for line in lines)
+    plain = clones / "step_00000004"
+    convert.save_model(convert.load_model(teacher), plain, torch.float32, teacher)
+    (plain / "trainer").mkdir()
+    (plain / "trainer/state.json").write_text("{}")
+    refused = run("tools/evaluate.py", f"--out_dir={clones}", *options)
+    assert refused.returncode == 1 and refused.stderr.splitlines()[-1] == (
+        f"error: {plain} is no clone: there is no teacher that it could agree with"
+    )
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"tasks": "library"}, r'^lm_eval is not installed: pip install "lm-eval\[hf\]"'),
+        ({"tasks": ""}, "^there is nothing to measure"),
+        ({"tasks": "", "data": "no/shards"}, "has no checkpoint"),
+        ({"tasks": "", "data": "no/shards", "device": "gpu"}, "device is 'gpu'"),
+    ],
+)
+def test_evaluate_refuses(options, words, monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    set_options(monkeypatch, out_dir=tmp_path, **options)
+    with pytest.raises(ValueError, match=words):
+        evaluate.main()
+    monkeypatch.setattr(evaluate, "new_tokens", 0)
+    with pytest.raises(ValueError, match="new_tokens is 0; it must be at least 1"):
+        evaluate.main()

@@ -14,10 +14,12 @@ VARIANTS = Path(__file__).resolve().parents[1] / "config/study"
 
 
 def read_metrics(directory: str) -> list[dict]:
+    """The lines of a run's metrics.jsonl, but for one that a kill cut short."""
     try:
-        return [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+        text = (Path(directory) / "metrics.jsonl").read_text()
     except OSError as error:
         raise SystemExit(f"error: {directory} is no run's out_dir: {error}") from None
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def label_of(directory: str) -> str:
@@ -33,6 +35,24 @@ def labels_of(directories: list[str]) -> list[str]:
     return labels if len(set(labels)) == len(labels) else directories
 
 
+def evaluations_of(lines: list[dict]) -> list[dict]:
+    return [line for line in lines if line.get("val_lm") is not None]
+
+
+def panels_of(runs: dict[str, list[dict]]) -> list[str]:
+    """The names of the panels that have data."""
+    lines = [line for lines in runs.values() for line in lines]
+    evaluations = evaluations_of(lines)
+    panels = []
+    if evaluations or any(line.get("lm") is not None for line in lines):
+        panels.append("loss")
+    if any("val_kl" in line for line in evaluations):
+        panels += ["kl", "rank"]
+    if any(line.get("val_terms_by_layer") for line in evaluations):
+        panels.append("terms")
+    return panels
+
+
 def draw(runs: dict[str, list[dict]], out: str) -> None:
     """runs: {label: lines of metrics.jsonl}. Writes a PNG."""
     try:
@@ -42,35 +62,62 @@ def draw(runs: dict[str, list[dict]], out: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, ((loss, kl), (rank, terms)) = pyplot.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    panels = panels_of(runs)
+    if not panels:
+        raise SystemExit("error: these runs have logged no loss yet")
+    # Two panels a row; an odd last one is as wide as both.
+    rows = [panels[i : i + 2] for i in range(0, len(panels), 2)]
+    if len(rows) > 1 and len(rows[-1]) == 1:
+        rows[-1] = rows[-1] * 2
+    size = (5.5 * len(rows[0]), 3.75 * len(rows))
+    figure, axes = pyplot.subplot_mosaic(rows, figsize=size, layout="constrained")
+
     teachers = set()
-    for label, lines in runs.items():
-        evaluations = [line for line in lines if line.get("val_lm") is not None]
+    for i, (label, lines) in enumerate(runs.items()):
+        color = f"C{i % 10}"
+        style = {"color": color, "marker": "o", "markersize": 3}
+        steps = [line for line in lines if line.get("lm") is not None]
+        evaluations = evaluations_of(lines)
         tokens = [line["tokens"] / 1000 for line in evaluations]
-        (curve,) = loss.plot(tokens, [line["val_lm"] for line in evaluations], label=label)
-        color = curve.get_color()
-        if evaluations and "val_kl" in evaluations[-1]:
-            last = evaluations[-1]
-            kl.plot(tokens, [line["val_kl"] for line in evaluations], color=color)
-            rank.plot(tokens, [line["val_rank_student"][-1] for line in evaluations], color=color)
-            teachers.add((last["val_teacher_lm"], last["val_rank_teacher"][-1]))
-            layers = list(last.get("val_terms_by_layer", {}).values())
-            if layers:  # an unweighted mean of the terms, as they are scaled
-                terms.plot([sum(values) / len(layers) for values in zip(*layers, strict=True)], color=color)
+        if steps:
+            training = [line["lm"] for line in steps]
+            steps = [line["tokens"] / 1000 for line in steps]
+            # A line of one point is not seen; markers on thousands are a band.
+            marker = "x" if len(steps) < 20 else ""
+            axes["loss"].plot(steps, training, color=color, marker=marker, linewidth=0.7, alpha=0.6)
+        # Without an evaluation it stands in the legend all the same.
+        axes["loss"].plot(tokens, [line["val_lm"] for line in evaluations], label=label, **style)
+        if not evaluations or "val_kl" not in evaluations[-1]:
+            continue
+        last = evaluations[-1]
+        axes["kl"].plot(tokens, [line["val_kl"] for line in evaluations], **style)
+        axes["rank"].plot(tokens, [line["val_rank_student"][-1] for line in evaluations], **style)
+        teachers.add((last["val_teacher_lm"], last["val_rank_teacher"][-1]))
+        layers = list(last.get("val_terms_by_layer", {}).values())
+        if layers:
+            # an unweighted mean of the terms, as they are scaled
+            means = [sum(values) / len(layers) for values in zip(*layers, strict=True)]
+            axes["terms"].plot(means, **style)
     for teacher_lm, teacher_rank in teachers:
-        loss.axhline(teacher_lm, color="gray", linestyle="--", linewidth=1)
-        rank.axhline(teacher_rank, color="gray", linestyle="--", linewidth=1)
-    loss.set(title="held-out loss (dashed: the teacher)", ylabel="nats a token", xlabel="thousand tokens")
-    kl.set(
-        title="KL(teacher ‖ student), held out", ylabel="nats a token", xlabel="thousand tokens", yscale="log"
-    )
-    rank.set(
-        title="effective rank of the last layer's hidden states", xlabel="thousand tokens", ylim=(0, None)
-    )
-    terms.set(title="clone terms at the end, mean over terms", xlabel="layer", yscale="log")
-    loss.legend(fontsize="small")
-    for axes in (loss, kl, rank, terms):
-        axes.grid(alpha=0.3)
+        axes["loss"].axhline(teacher_lm, color="gray", linestyle="--", linewidth=1)
+        axes["rank"].axhline(teacher_rank, color="gray", linestyle="--", linewidth=1)
+
+    titles = {
+        "loss": "loss: held out, and in training (thin); dashed: the teacher",
+        "kl": "KL(teacher ‖ student), held out",
+        "rank": "effective rank of the last layer's hidden states",
+        "terms": "clone terms at the end, mean over terms",
+    }
+    for name in panels:
+        axes[name].set(title=titles[name], xlabel="layer" if name == "terms" else "thousand tokens")
+        axes[name].grid(alpha=0.3)
+        if name in ("loss", "kl"):
+            axes[name].set_ylabel("nats a token")
+        if name in ("kl", "terms"):
+            axes[name].set_yscale("log")
+    if "rank" in panels:
+        axes["rank"].set_ylim(0, None)
+    axes["loss"].legend(fontsize="small")
     figure.savefig(out, dpi=110)
 
 
