@@ -329,9 +329,7 @@ def save_model(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(path / "model.safetensors.index.json", index)
     for file, shard in zip(files, shards, strict=True):
-        save_file(shard, path / file, metadata={"format": "pt"})
-        # safetensors lets only the owner read what it writes
-        shutil.copymode(path / "config.json", path / file)
+        write_tensors(shard, path / file)
 
     generation = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
     source = Path(tokenizer) if tokenizer else path
@@ -356,6 +354,12 @@ def make_tokenizer_portable(file: Path) -> None:
         portable["additional_special_tokens"] = portable.pop("extra_special_tokens")
     if portable != config:
         write_json(file, portable)
+
+
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})
+    # safetensors lets only the owner read what it writes
+    shutil.copymode(file.with_name("config.json"), file)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -389,7 +393,6 @@ def save_clone(
     path.mkdir(parents=True, exist_ok=True)
     tensors = clone.own_state() if tensors is None else tensors
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     config = {
         "model_type": "low_rank_clone",
         "teacher": teacher,
@@ -399,6 +402,7 @@ def save_clone(
         "clone": dataclasses.asdict(clone.student_config),
     }
     write_json(path / "config.json", config)
+    write_tensors(tensors, path / "model.safetensors")
 
 
 def clone_directories(path: Path, teacher: str | None = None) -> tuple[str, str]:
@@ -487,7 +491,7 @@ def save_weights(
     save_model(model, path, torch.float32, tokenizer, state=state)
     others = {name: tensor for name, tensor in tensors.items() if name not in names.values()}
     if others:
-        save_file(others, path / PROJECTIONS_FILE, metadata={"format": "pt"})
+        write_tensors(others, path / PROJECTIONS_FILE)
 
 
 @torch.no_grad()

@@ -140,7 +140,7 @@ import convert
 import model as models
 from configurator import choose_device, need_compiler
 from prepare import Mixture, load_tokenizer, special_ids, vocabulary_hash, write_shards
-from sample import generate
+from sample import encode_text, generate
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -620,7 +620,7 @@ def print_samples(path: Path, tokenizer_dir: str, prompt: str) -> None:
     )
     tokens = load_tokenizer(tokenizer_dir)
     bos, eos = special_ids(tokens, tokenizer_dir)
-    ids = bos + tokens.encode(prompt, add_special_tokens=False).ids
+    ids = bos + encode_text(tokens, prompt)
     for name, llama in speakers.items():
         new = [token for (token,) in generate(llama, [ids], 64, 0.8, top_p=0.9, seed=1, stop_ids=(eos,))]
         text = tokens.decode([token for token in new if token is not None])

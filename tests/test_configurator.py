@@ -204,7 +204,8 @@ def test_help_prints_every_option(script, capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.name)
 def test_shipped_configs_fit_train(path):
-    base = ROOT / "config" / "bench_tiny.py"  # what bench_vocab_x3.py goes on top of
-    paths = [str(base), str(path)] if path.name == "bench_vocab_x3.py" else [str(path)]
+    base = ROOT / "config" / "bench_tiny.py"  # what these go on top of
+    on_top = path.name in ("bench_vocab_x3.py", "bench_ordinary.py")
+    paths = [str(base), str(path)] if on_top else [str(path)]
     values = configurator.configure({"__file__": str(ROOT / "train.py"), "__doc__": ""}, paths)
     assert values["global_batch_size"] % values["micro_batch_size"] == 0

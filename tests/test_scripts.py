@@ -301,8 +301,8 @@ def test_samples_follow_their_seed(runs, teacher):
     texts = {"two": two.stdout, "second": second.stdout}
     _, first, again = (part.partition("x")[2] for part in texts["two"].split("--- "))
     assert first != again and len(first) > 5
-    assert again == texts["second"].partition("x")[2].split("model = ")[-1].partition("\nx")[2]
-    assert greedy.stdout.rpartition("\nx")[2] == first_k.stdout.rpartition("\nx")[2]
+    assert again == texts["second"].partition("x")[2]
+    assert greedy.stdout == first_k.stdout
 
 
 def test_pick_keeps_top_k_and_top_p():

@@ -198,7 +198,7 @@ def test_evaluate_on_the_command_line(clones, corpus, teacher):
     (plain / "trainer/state.json").write_text("{}")
     refused = run("tools/evaluate.py", f"--out_dir={clones}", *options)
     assert refused.returncode == 1 and refused.stderr.splitlines()[-1] == (
-        f"error: {plain} is no clone: there is no teacher that it could agree with"
+        f"error: {plain} does not say what its teacher is: give --teacher=DIR"
     )
 
 

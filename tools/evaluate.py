@@ -73,17 +73,22 @@ def agreement_length(student: Llama, teacher: Llama, blocks: torch.Tensor, new_t
 
 
 def measure_agreement(checkpoint: Path, device: torch.device) -> float:
-    """agreement_length of a clone's checkpoint and its teacher, on the first held-out blocks of `data`."""
-    clone = convert.load_checkpoint(checkpoint, teacher)
-    if not isinstance(clone, LowRankClone):
-        raise ValueError(f"{checkpoint} is no clone: there is no teacher that it could agree with")
+    """agreement_length of a student's checkpoint and its teacher, on the first held-out blocks of `data`."""
+    student = convert.load_checkpoint(checkpoint, teacher)
+    if isinstance(student, LowRankClone):
+        reference = student.teacher
+        student = student.merge()
+    elif teacher is not None:
+        reference = convert.load_model(teacher)
+    else:
+        raise ValueError(f"{checkpoint} does not say what its teacher is: give --teacher=DIR")
     heldout = Mixture({data: None}, "heldout", prompt_tokens, seed=0)
     size = heldout.sources[0].meta["vocab_size"]
-    if size > clone.teacher.config.vocab_size:
-        raise ValueError(f"{data} has {size} token ids; the model has {clone.teacher.config.vocab_size}")
+    if size > student.config.vocab_size:
+        raise ValueError(f"{data} has {size} token ids; the model has {student.config.vocab_size}")
     blocks = heldout.batch(0, min(agreement_blocks, heldout.total)).ids
-    student = clone.merge().to(device)
-    return agreement_length(student, clone.teacher.to(device), torch.as_tensor(blocks).to(device), new_tokens)
+    ids = torch.as_tensor(blocks).to(device)
+    return agreement_length(student.to(device), reference.to(device), ids, new_tokens)
 
 
 def call(command: list[str]) -> None:
