@@ -87,6 +87,9 @@ CUT = "\ufdd0"  # put into a special token's string that is said in a chat; Unic
 MARK = "\ufdd1"  # put in place of what an assistant says, to find where the template writes it
 PREFIX = {"tokens": "", "heldout": "heldout_"}  # of the files of each split
 PARQUET_ERRORS = (OSError, ValueError, NotImplementedError)  # that pyarrow raises of a damaged file
+ARRAY_TOO_LONG = (
+    "a JSON array over 64 MB; give its rows as .jsonl or .parquet, which the hub converts data sets to"
+)
 STDLIB = Path(os.__file__).parent
 
 
@@ -203,12 +206,18 @@ def find_files(input: str | list[str]) -> list[Path]:
         if not matches:
             raise ValueError(f"input {pattern} matches no file")
         files += matches
+    if not files:
+        raise ValueError("input names no file")
     return files
 
 
 def columns_of(settings: dict) -> set[str]:
     """Names of the Parquet columns that hold text or chats."""
     return {settings["text_key"], settings["text_key"].split(".")[0], "messages", "conversations"}
+
+
+def begins_array(stream) -> bool:
+    return stream.peek(BLOCK).lstrip().startswith(b"[")
 
 
 def split_file(file: Path, settings: dict) -> Iterator[Part]:
@@ -224,6 +233,10 @@ def split_file(file: Path, settings: dict) -> Iterator[Part]:
         for group in range(parquet.num_row_groups):
             yield Part(file, group, 0, parquet.metadata.row_group(group).total_byte_size)
         return
+    if kind == "json" and size > LONGEST_ROW:
+        with open_stream(file, compression) as stream:
+            if begins_array(stream):
+                raise ValueError(f"{file} is {ARRAY_TOO_LONG}")
     step = sys.maxsize
     if kind in ("txt", "py") and not compression:
         # A part is a document.
@@ -289,7 +302,7 @@ def read_array(stream) -> Iterator[tuple[int, object]]:
     """(number, row) of a .json file that is one array, in memory as a whole."""
     data = stream.read(LONGEST_ROW + 1)
     if len(data) > LONGEST_ROW:
-        yield 0, ValueError(f"an array over {LONGEST_ROW:,} bytes; give its rows as .jsonl or .parquet")
+        yield 0, ValueError(ARRAY_TOO_LONG)
         return
     try:
         yield from enumerate(json.loads(data), 1)
@@ -345,7 +358,7 @@ def read_part(part: Part, settings: dict) -> Iterator[tuple[str, object]]:
         return
     with open_stream(file, compression) as stream:
         try:
-            if kind == "json" and stream.peek(BLOCK).lstrip().startswith(b"["):
+            if kind == "json" and begins_array(stream):
                 for number, row in read_array(stream):
                     yield f"{file}: row {number}", row
                 return

@@ -211,16 +211,24 @@ def test_a_line_or_object_too_long_is_one_bad_row(kind, tmp_path, monkeypatch):
     assert "a line over 5,000 bytes" in meta["first_bad"][0]
 
 
-def test_a_gigabyte_in_one_line_takes_little_memory(tmp_path):
-    """Under 4 x the longest row of 64 MB, where the line alone is 1 GB; measured in a process of its own."""
-    with gzip.open(tmp_path / "a.jsonl.gz", "wb", 1) as file:
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
+def test_a_gigabyte_in_one_line_takes_little_memory(kind, tmp_path):
+    """Under 4 x the longest row of 64 MB, where the line alone is 1 GB; measured in a process of its own.
+
+    The .zst has 32 kB.
+    """
+    open_file = {
+        "jsonl.gz": lambda path: gzip.open(path, "wb", 1),
+        "jsonl.zst": lambda path: zstandard.open(path, "wb"),
+    }
+    with open_file[kind](tmp_path / f"a.{kind}") as file:
         file.write(lines(["first"]) + b'{"text": "')
         for _ in range(1000):
             file.write(b"x" * 2**20)
         file.write(b'"}\n' + lines(["last"]))
     script = f"""
 import resource, prepare
-paths = {[str(tmp_path / "a.jsonl.gz"), str(tmp_path / "out"), str(BUNDLED)]}
+paths = {[str(tmp_path / f"a.{kind}"), str(tmp_path / "out"), str(BUNDLED)]}
 prepare.write_shards(*paths, heldout_fraction=0)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
 """
@@ -229,6 +237,30 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
     assert int(done.stdout.split()[-1]) < 400
     assert texts_of(tmp_path / "out") == ["first", "last"]
     assert json.loads((tmp_path / "out/meta.json").read_text())["bad"] == 1
+
+
+@pytest.mark.parametrize("kind", ["json", "json.gz"])
+def test_an_array_is_read_whole_and_so_has_a_limit(kind, tmp_path, monkeypatch):
+    """Before any work where the file tells; as a bad file where it grows when decompressed."""
+    monkeypatch.setattr(prepare, "LONGEST_ROW", 5000)
+    data = json.dumps([{"text": text} for text in TEXTS]).encode()
+    (tmp_path / f"a.{kind}").write_bytes(gzip.compress(data) if kind == "json.gz" else data)
+    (tmp_path / "b.jsonl").write_bytes(lines(["the next file"]))
+    paths = [f"{tmp_path}/a.{kind}", f"{tmp_path}/b.jsonl"]
+    if kind == "json":
+        with pytest.raises(
+            ValueError, match=r"a.json is a JSON array over 64 MB; give its rows as .jsonl or .par"
+        ):
+            prepared(paths, tmp_path / "out")
+        assert not (tmp_path / "out.partial").exists()
+    else:
+        meta = prepared(paths, tmp_path / "out", heldout_fraction=0)
+        assert meta["bad"] == 1 and "a JSON array over 64 MB" in meta["first_bad"][0]
+        assert texts_of(tmp_path / "out") == ["the next file"]
+    # An object a line has no limit but the lines' own.
+    (tmp_path / "lines.json").write_bytes(lines(TEXTS))
+    prepared(tmp_path / "lines.json", tmp_path / "lines", heldout_fraction=0)
+    assert texts_of(tmp_path / "lines") == TEXTS
 
 
 def test_scores_filter_rows_by_a_dotted_key(tmp_path):
@@ -394,11 +426,16 @@ def test_refusals_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("text")
     out, tokens = f"--out={tmp_path}/out", f"--tokenizer={BUNDLED}"
     write_as("parquet", tmp_path / "a.parquet", TEXTS)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 but no more than that")
     for name in ("empty.txt", "empty.jsonl", "empty.json", "blank.jsonl"):
         (tmp_path / name).write_text("\n\n" if name == "blank.jsonl" else "")
     before = set(tmp_path.iterdir())
     for arguments, words in [
         (["--input=/nowhere/*.jsonl"], "/nowhere/*.jsonl matches no file"),
+        (["--input=(1,2)"], "input has 1 in it, which is no file or glob"),
+        (["--input=()"], "input names no file"),
+        ([f"--input={ROOT}/README.md"], "README.md: input must be .parquet, or .txt .py .jsonl .json"),
+        ([f"--input={tmp_path}/bad.parquet"], "bad.parquet is not Parquet: "),
         ([f"--input={tmp_path}/a.*", "--min_score=1"], "a.txt is plain text: it has no scores"),
         ([f"--input={tmp_path}/a.parquet", "--text_key=body"], "no column body, messages or conversations"),
         ([f"--input={source}", "--sft=True"], "has no chat template"),
@@ -525,6 +562,20 @@ def test_what_is_there_is_said_and_other_settings_are_refused(tmp_path):
     refused = run(*arguments[::2], f"--out={tmp_path}/else")
     assert refused.returncode == 1 and "exists and is no shard directory" in refused.stderr
     assert contents(tmp_path / "out") == before and not list((tmp_path / "else").iterdir())
+
+
+def test_nothing_held_out_is_said(tmp_path):
+    (tmp_path / "one.txt").write_text("\n".join(TEXTS))
+    source = write_as("jsonl", tmp_path / "many.jsonl", TEXTS)
+    tokens = f"--tokenizer={BUNDLED}"
+    one = run(f"--input={tmp_path}/one.txt", f"--out={tmp_path}/one", tokens)
+    assert one.returncode == 0
+    assert one.stdout.splitlines()[-1].startswith(
+        "nothing is held out of 1 documents, so train.py cannot evaluate"
+    )
+    asked = run(f"--input={tmp_path}/one.txt", f"--out={tmp_path}/asked", tokens, "--heldout_fraction=0.0")
+    many = run(f"--input={source}", f"--out={tmp_path}/many", tokens, "--heldout_fraction=0.2")
+    assert "nothing is held out" not in asked.stdout + many.stdout
 
 
 def test_killed_before_the_last_rename(tmp_path, monkeypatch):
@@ -771,7 +822,7 @@ def marked_rows(path):
     """A document and two chats in which special tokens' strings are said; returns the special ids."""
     chats = [
         [("user", "Is <|im_end|> a token?"), ("assistant", "<|eot_id|>, too: <|im_end|>")],
-        [("system", "<|im_start|>"), ("user", "<|im_end|>"), ("assistant", "no")],
+        [("system", "<|im_start|>"), ("user", "<|im_end|><|eot_id|>"), ("assistant", "no")],
     ]
     rows = [{"messages": [{"role": role, "content": content} for role, content in chat]} for chat in chats]
     rows.append({"text": "x = '<|im_end|>'\n<|im_start|>user"})
