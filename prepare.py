@@ -237,22 +237,24 @@ def split_file(file: Path, settings: dict) -> Iterator[Part]:
         with open_stream(file, compression) as stream:
             if begins_array(stream):
                 raise ValueError(f"{file} is {ARRAY_TOO_LONG}")
+    # What is compressed, or an array, is read from its start.
     step = sys.maxsize
-    if kind in ("txt", "py") and not compression:
+    if kind == "jsonl" and not compression:
+        # Small parts, so that units of them are of one size.
+        step = max(1, settings["unit_bytes"] // 16)
+    elif kind in ("txt", "py") and not compression:
         # A part is a document.
         step = LONGEST_TEXT
-    if kind == "jsonl" and not compression:
-        # Equal parts, so that workers end at about the same time.
-        step = math.ceil(size / math.ceil(size / settings["unit_bytes"])) if size else 1
     for start in range(0, size, step):
         yield Part(file, start, start + step, min(step, size - start))
 
 
 def plan_units(files: list[Path], settings: dict) -> list[list[Part]]:
-    """Work units of about one size, at most about unit_bytes as far as parts allow; in the input's order."""
+    """Work units of one size, half to all of unit_bytes, as far as parts allow; in the order of the input."""
     parts = [part for file in files for part in split_file(file, settings)]
     total = sum(part.size for part in parts)
-    count = math.ceil(total / settings["unit_bytes"])
+    # A power of two, so that two, four or eight workers end at about the same time.
+    count = 1 << math.ceil(math.log2(max(1, total / settings["unit_bytes"])))
     units = [[] for _ in range(count)]
     # A part goes where it begins, so that the last unit is no smaller than the others.
     before = 0
@@ -448,7 +450,7 @@ class Encoder:
             chat.append({**turn, "role": role, "content": content})
             marked.append({**chat[-1], "content": MARK if role == "assistant" else content})
         render = chat_template(self.settings["tokenizer"])
-        # Special tokens stand at odd places of the lists.
+        # Lists of text, special token, text, …, of one length if the answers do not change the template.
         full = self.special.split(render(chat))
         skeleton = self.special.split(render(marked))
         if full[1::2] != skeleton[1::2]:
@@ -458,9 +460,10 @@ class Encoder:
         text = ""
         for piece, pattern, special in zip(full[::2], skeleton[::2], [*full[1::2], ""], strict=True):
             before, mark, after = pattern.partition(MARK)
-            if after.strip():
+            if after.strip() and self.settings["sft"]:
                 raise ValueError("the template ends an assistant's turn without a special token")
             if mark:
+                # Up to here the prompt is the same whatever the answer; a turn ends with the token after it.
                 start = len(os.path.commonprefix([piece, before]))  # noqa: RUF071
                 text += piece[:start] + MARK + piece[start:] + special + MARK
             else:
@@ -691,6 +694,7 @@ def begin(partial: Path, settings: dict) -> io.TextIOWrapper:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise ValueError(f"another process is writing {partial}") from None
+    # Units that other settings made do not go with these.
     if (partial / "settings.json").is_file():
         check_settings(load_json(partial / "settings.json"), settings, partial)
     else:
@@ -707,7 +711,7 @@ def write_shards(
 
     Goes on in out.partial where an earlier call with the same settings was cut off.
     """
-    # What decides which bytes are written, as it is when read back.
+    # What decides which bytes are written, in the form that it has when it is read back.
     settings = {k: v for k, v in locals().items() if k not in ("out", "max_bad", "num_workers")}
     settings = json.loads(json.dumps(settings, default=str))
     out = Path(out)
@@ -719,6 +723,7 @@ def write_shards(
     if unit_bytes < 1 or seq_len < 2:
         raise ValueError(f"unit_bytes is {unit_bytes}, seq_len {seq_len}; they must be at least 1 and 2")
     files = find_files(settings["input"])
+    # Also refuses names that are of no kind.
     for file in files:
         if kind_of(file)[0] in ("txt", "py") and (sft or min_score is not None):
             raise ValueError(f"{file} is plain text: it has no {'chats' if sft else 'scores'}")
@@ -734,7 +739,7 @@ def write_shards(
     settings["tokenizer_files"] = {file.name: sha256(file) for file in found}
     if out.exists():
         check_settings(load_json(out / "meta.json")["settings"], settings, out)
-        # An earlier call may have been killed after its last step but one.
+        # Left by a call that was killed before its very last step.
         shutil.rmtree(partial, ignore_errors=True)
         print(f"{out} is there already, made with the same settings")
         return
@@ -769,6 +774,7 @@ def write_shards(
         "documents": documents, "filtered": filtered, "bad": len(bad), "first_bad": bad[:100],
         "splits": shards,
     }  # fmt: skip
+    # With its last file the directory is whole, and then gets its name.
     write_json(partial / "shards/meta.json", meta)
     (partial / "shards").rename(out)
     shutil.rmtree(partial)
@@ -832,6 +838,7 @@ class Shards:
         self.shards = self.meta["splits"][split]
         if sft and not self.meta["sft"]:
             raise ValueError(f"{path} holds packed text, not SFT rows (prepare.py --sft=True writes those)")
+        # A packed reader leaves the mask of SFT rows alone.
         columns = ["tokens", "ends", "mask"] if sft else ["tokens", "ends"]
         blocks = []
         for number, shard in enumerate(self.shards):

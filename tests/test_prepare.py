@@ -111,7 +111,7 @@ def test_every_format_gives_the_same_documents_and_bytes_for_any_number_of_worke
         meta = prepared(source, tmp_path / str(workers), heldout_fraction=0.2, num_workers=workers)
         written.append(contents(tmp_path / str(workers)))
     assert written[0] == written[1] == written[2]
-    assert len(meta["splits"]["tokens"]) == {"jsonl": 10, "parquet": 4}.get(kind, 1)
+    assert len(meta["splits"]["tokens"]) == {"jsonl": 16, "parquet": 4}.get(kind, 1)
     held = texts_of(tmp_path / "1", "heldout")
     assert 10 < len(held) < 60
     assert held == [text for text in TEXTS if text in held]
