@@ -478,7 +478,7 @@ class Encoder:
                 new = self.encode(part, special_tokens=True)
                 ids += new
                 mask += [i % 2 == 1] * len(new)
-        return text, ids, mask
+        return "".join(full).replace(CUT, ""), ids, mask
 
     def row(self, row, file: Path) -> tuple[str, list[int], list[bool]] | None:
         """(split, ids, loss mask) of a row; None: filtered out; ValueError says what is wrong with it."""

@@ -878,6 +878,23 @@ def test_the_loss_mask_is_right_where_turns_say_special_tokens(family, special_t
     assert trained == [f"<|eot_id|>, too: <|im_end|>{end}", f"no{end}"]
 
 
+def test_chats_are_held_out_by_what_the_template_writes(tmp_path):
+    """So by nothing of how the turns are found in it."""
+    chat_tokenizer("smollm2", tmp_path / "tokenizer")
+    chats = [[("user", f"{i} <|im_end|>"), ("assistant", f"{i}\n")] for i in range(40)]
+    source = write_chats(tmp_path / "chats.jsonl", chats)
+    meta = prepared(source, tmp_path / "out", tokenizer=tmp_path / "tokenizer", heldout_fraction=0.3)
+    oracle = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    texts = [
+        oracle.apply_chat_template([{"role": role, "content": text} for role, text in chat], tokenize=False)
+        for chat in chats
+    ]
+    held = [text for text in texts if prepare.split_of(text, 0.3) == "heldout"]
+    assert meta["documents"] == {"tokens": 40 - len(held), "heldout": len(held)}
+    rows = documents_of(tmp_path / "out", "tokens", "heldout")
+    assert [oracle.decode(row, skip_special_tokens=False) for row in rows] == held != []
+
+
 def test_a_template_whose_turns_do_not_end_is_refused(tmp_path):
     chat_tokenizer("llama3", tmp_path / "tokenizer")
     config = json.loads((tmp_path / "tokenizer/tokenizer_config.json").read_text())
