@@ -30,9 +30,7 @@ tokenizer = "data/quickstart/teacher"  # directory with tokenizer.json and token
 text_key = "text"  # field of a row's text; dots reach into objects (document.body)
 min_score: float | None = None  # keep only the rows whose score is at least this
 score_key = "int_score"  # field of a row's score; dots reach into objects (metadata.int_score)
-special_tokens = (
-    False  # True: "<|im_end|>" in a text or turn is that token, for corpora written with such marks
-)
+special_tokens = False  # True: "<|im_end|>" in a text or turn is that token, as in corpora written with marks
 sft = False  # True: chats as rows, with a loss mask over the assistant's turns; False: packed text
 seq_len = 2048  # longest SFT row, in tokens; the rest of the chat is cut off
 heldout_fraction = 0.02  # of the documents, by a hash of their text, for evaluation
@@ -440,6 +438,7 @@ class Encoder:
         """
         chat = []
         marked = []
+        # Chats come as messages of role and content, and as conversations of from and value.
         for turn in turns:
             role = turn.get("role", turn.get("from"))
             content = turn.get("content", turn.get("value"))
@@ -468,10 +467,11 @@ class Encoder:
                 text += piece[:start] + MARK + piece[start:] + special + MARK
             else:
                 text += piece + special
+        # A turn by itself: no token reaches over its boundary, as none does when it is generated.
         ids = []
         mask = []
         for i, segment in enumerate(text.split(MARK)):
-            # A turn by itself: no token reaches over its boundary, as none does when it is generated.
+            # What the tokenizer gets at a time has no special tokens but the template's.
             if self.settings["special_tokens"]:
                 segment = segment.replace(CUT, "")
             for part in segment.split(CUT):
@@ -517,12 +517,14 @@ class Encoder:
             if self.eos_id is not None:
                 ids.append(self.eos_id)
             mask = []
+        if not text:
+            return None
         if settings["sft"]:
             ids = ids[: settings["seq_len"]]
             mask = mask[: settings["seq_len"]]
-        # Nothing in it, nobody who answers, or a question that is too long.
-        if not text or (settings["sft"] and True not in mask):
-            return None
+            # Nobody answers, or the question alone is too long.
+            if True not in mask:
+                return None
         # The quickstart holds out the same files in any version of Python.
         key = str(file.relative_to(STDLIB)) if settings["input"] == "stdlib" else text
         return split_of(key, settings["heldout_fraction"]), ids, mask
