@@ -3,25 +3,25 @@
     python prepare.py                        # the quickstart's corpus: this Python's standard library
     python prepare.py --input='books/**/*.txt' --tokenizer=models/Qwen2.5-3B-Instruct --out=data/books
     python prepare.py --input='fineweb-edu/**/*.parquet' --min_score=4 --tokenizer=… --out=data/fineweb_edu
-    python prepare.py --input=openhermes2_5.json --tokenizer=… --out=data/openhermes      # chats, packed
+    python prepare.py --input='openhermes/*.parquet' --tokenizer=… --out=data/openhermes      # chats, packed
     python prepare.py --input='ultrachat/train_sft*.parquet' --sft=True --tokenizer=… --out=data/ultrachat
     python prepare.py --inspect=data/books   # what a shard directory holds, and whether it is intact
 
 Input: .txt or .py (a file is a document; over 16 MB, several), .jsonl (a line), .json (an object of an array
-or of many), each also .gz or .zst, and .parquet (a row). A row with `messages` or `conversations` is a chat,
-any other the text under text_key. Text is put between the tokenizer's BOS (where it adds one itself) and EOS;
-a chat is what the tokenizer's chat template makes of it, nothing added.
+of at most 64 MB, or else a line), each also .gz or .zst, and .parquet (a row). A row with `messages` or
+`conversations` is a chat, any other the text under text_key. Text is put between the tokenizer's BOS (where
+it adds one itself) and EOS; a chat is what the tokenizer's chat template makes of it, nothing added.
+"<|im_end|>" in a text or in what a turn says is text, no special token, unless special_tokens is True.
 
 One work unit makes one shard. A unit is at most about unit_bytes of input: a byte range of lines or text,
-some row groups, several small files, or a whole compressed or .json file. A worker reads it, tokenizes it,
-writes the shard under a temporary name and renames it. So the same bytes come out for any number of workers,
-and killed at any moment, the same command skips the units that are there in OUT.partial.
+some row groups, several small files, or a whole compressed file or .json array. A worker reads it, tokenizes
+it, writes the shard under a temporary name and renames it. So the same bytes come out for any number of
+workers, and killed at any moment, the same command skips the units that are there in OUT.partial.
 What cannot be read is reported, counted and skipped, up to max_bad.
 
 A shard directory holds meta.json and plain .npy files: tokens_00000.npy (uint16 or uint32 ids),
 ends_00000.npy (int64: where each document ends) and with sft, where a document is a row, mask_00000.npy
-(uint8: 1 for the tokens to train on). heldout_tokens_00000.npy and so on are likewise for evaluation, all
-units' together.
+(uint8: 1 for the tokens to train on). heldout_tokens_00000.npy and so on are likewise for evaluation.
 """
 
 input: str | tuple = "stdlib"  # file or glob, or several; "stdlib": this Python's own library (.py files)
@@ -30,6 +30,7 @@ tokenizer = "data/quickstart/teacher"  # directory with tokenizer.json and token
 text_key = "text"  # field of a row's text; dots reach into objects (document.body)
 min_score: float | None = None  # keep only the rows whose score is at least this
 score_key = "int_score"  # field of a row's score; dots reach into objects (metadata.int_score)
+special_tokens = False  # True: "<|im_end|>" in a text or turn is that token, as in corpora written with marks
 sft = False  # True: chats as rows, with a loss mask over the assistant's turns; False: packed text
 seq_len = 2048  # longest SFT row, in tokens; the rest of the chat is cut off
 heldout_fraction = 0.02  # of the documents, by a hash of their text, for evaluation
@@ -49,6 +50,7 @@ import gzip
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -59,12 +61,11 @@ import signal
 import sys
 import threading
 import zlib
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from datetime import datetime
-from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,10 +78,16 @@ HEADER = 128  # bytes before the values of a one-dimensional .npy file
 BLOCK = 2**16  # bytes read at a time where neither lines nor documents say how many
 PIECE = 2**20  # characters tokenized at a time: longer documents are cut between two lines
 LONGEST_TEXT = 2**24  # bytes in which a .txt file is one document; a longer one is several
-LONGEST_ROW = 2**26  # bytes in which a line, or an object of a .json file, must end
+LONGEST_ROW = 2**26  # bytes in which a line, or the array of a .json file, must end
 OPEN_ARRAYS = 256  # shard files open at a time, of the 1024 that a process may have on many systems
 PAD_TO = 128  # tokens to whose multiple a batch of SFT rows is padded: a new length costs a GPU a new plan
+CUT = "\ufdd0"  # put into a special token's string that is said in a chat; Unicode keeps it for such uses
+MARK = "\ufdd1"  # put in place of what an assistant says, to find where the template writes it
+PREFIX = {"tokens": "", "heldout": "heldout_"}  # of the files of each split
 PARQUET_ERRORS = (OSError, ValueError, NotImplementedError)  # that pyarrow raises of a damaged file
+ARRAY_TOO_LONG = (
+    "a JSON array over 64 MB; give its rows as .jsonl or .parquet, which the hub converts data sets to"
+)
 STDLIB = Path(os.__file__).parent
 
 
@@ -92,7 +99,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         model = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(f"{file} is not a tokenizer: {error}") from None
-    model.no_truncation()  # a file can carry the length limit of whoever saved it
+    # A file can carry the length limit of whoever saved it.
+    model.no_truncation()
     model.no_padding()
     return model
 
@@ -101,8 +109,10 @@ def tokenizer_config(path: str | Path) -> dict:
     """tokenizer_config.json, special tokens as plain strings."""
     file = Path(path) / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    tokens = {name: value for name, value in config.items() if name.endswith("_token")}
-    return config | {name: v["content"] if isinstance(v, dict) else v for name, v in tokens.items()}
+    for name, value in config.items():
+        if name.endswith("_token") and isinstance(value, dict):
+            config[name] = value["content"]
+    return config
 
 
 def special_ids(tokenizer: Tokenizer, path: str | Path) -> tuple[list[int], int | None]:
@@ -119,6 +129,7 @@ def vocabulary_hash(tokenizer: Tokenizer) -> str:
 
 
 def need(module: str, why: str | Path):
+    """An optional package's module; ValueError says what to install."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -132,6 +143,7 @@ def chat_template(path: str | Path) -> Callable[..., str]:
     config = tokenizer_config(path)
     file = Path(path) / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+    # A tokenizer can have several by name, as for tools or for retrieval.
     if isinstance(source, list):
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
     if source is None:
@@ -145,12 +157,13 @@ def chat_template(path: str | Path) -> Callable[..., str]:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.globals["raise_exception"] = raise_exception
     # A fixed day, the one Llama's templates fall back to: shards must not depend on when they were made.
-    strftime_now = datetime(2024, 7, 26).strftime
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
     # {% generation %} only marks what the assistant says; as an `if` it keeps its whitespace control.
-    block = re.compile(r"(\{%[-+]?\s*)(end)?generation\b")
-    template = environment.from_string(block.sub(lambda m: m[1] + ("endif" if m[2] else "if true"), source))
+    source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
+    source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
+    template = environment.from_string(source)
     fixed = {name: value for name, value in config.items() if name.endswith("_token")}
     fixed |= {"tools": None, "documents": None, "add_generation_prompt": False}
     return lambda messages, **options: template.render(messages=messages, **fixed | options)
@@ -164,87 +177,87 @@ class Part(NamedTuple):
 
     file: Path
     start: int  # in bytes; of a Parquet file its row group
-    end: int  # likewise, the first that is not in it
-    size: int  # bytes of input, for the progress bar
+    end: int  # in bytes
+    size: int  # bytes of input, by which parts become units
 
 
-def kind_of(file: Path) -> tuple[str, str]:
-    """("jsonl", "gz") of name.jsonl.gz, ("txt", "") of name.txt."""
-    stem, _, kind = file.name.rpartition(".")
-    if kind in ("gz", "zst"):
-        return stem.rpartition(".")[2], kind
-    return kind, ""
+def kind_of(file: Path) -> tuple[str, str | None]:
+    """("jsonl", "gz") of name.jsonl.gz, ("txt", None) of name.txt."""
+    match = re.fullmatch(r".*\.(txt|py|jsonl|json|parquet$)(?:\.(gz|zst))?", file.name)
+    if match is None:
+        raise ValueError(f"{file}: input must be .parquet, or .txt .py .jsonl .json, also as .gz or .zst")
+    return match[1], match[2]
 
 
 def find_files(input: str | list[str]) -> list[Path]:
     """The input's files in the order they are read."""
     if input == "stdlib":
-        # encodings and pydoc_data are tables and prose in .py files.
         skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+        # Tables and prose in .py files.
         skipped |= {"encodings", "pydoc_data"}
         return sorted(f for f in STDLIB.rglob("*.py") if not skipped & set(f.relative_to(STDLIB).parts))
     files = []
     for pattern in [input] if isinstance(input, str) else input:
+        if not isinstance(pattern, str):
+            raise ValueError(f"input has {pattern!r} in it, which is no file or glob; several are ('a', 'b')")
         matches = sorted(Path(f) for f in glob.glob(pattern, recursive=True) if os.path.isfile(f))
         if not matches:
             raise ValueError(f"input {pattern} matches no file")
         files += matches
-    for file in files:
-        kind, compression = kind_of(file)
-        if kind not in ("txt", "py", "jsonl", "json", "parquet") or (kind == "parquet" and compression):
-            raise ValueError(f"{file}: input must be .parquet, or .txt .py .jsonl .json, also as .gz or .zst")
-        if kind == "parquet" or compression == "zst":
-            need("pyarrow", file)
+    if not files:
+        raise ValueError("input names no file")
     return files
 
 
-def text_columns(settings: dict) -> set[str]:
+def columns_of(settings: dict) -> set[str]:
+    """Names of the Parquet columns that hold text or chats."""
     return {settings["text_key"], settings["text_key"].split(".")[0], "messages", "conversations"}
 
 
-def count_parts(size: int, unit_bytes: int) -> int:
-    """A power of two, so that two, four or eight workers end at the same time."""
-    return 1 << (max(1, math.ceil(size / unit_bytes)) - 1).bit_length()
+def begins_array(stream) -> bool:
+    return stream.peek(BLOCK).lstrip().startswith(b"[")
 
 
-def split_file(file: Path, unit_bytes: int, settings: dict) -> Iterator[Part]:
+def split_file(file: Path, settings: dict) -> Iterator[Part]:
     """The parts of a file that workers can read side by side."""
     kind, compression = kind_of(file)
     size = file.stat().st_size
     if kind == "parquet":
-        try:
-            parquet = open_parquet(file)
-        except PARQUET_ERRORS:  # not Parquet, as its worker will report
-            yield Part(file, 0, 0, size)
-            return
+        parquet = open_parquet(file)
         names = parquet.schema_arrow.names
-        if not text_columns(settings) & set(names):
+        if columns_of(settings).isdisjoint(names):
             wanted = f"{settings['text_key']}, messages or conversations"
             raise ValueError(f"{file} has no column {wanted}; it has {', '.join(names)}")
         for group in range(parquet.num_row_groups):
-            yield Part(file, group, group + 1, parquet.metadata.row_group(group).total_byte_size)
-    elif compression or kind == "json":
-        yield Part(file, 0, sys.maxsize, size)
-    else:
-        # A part of a text is a document; a file of lines is cut into equal parts.
+            yield Part(file, group, 0, parquet.metadata.row_group(group).total_byte_size)
+        return
+    if kind == "json" and size > LONGEST_ROW:
+        with open_stream(file, compression) as stream:
+            if begins_array(stream):
+                raise ValueError(f"{file} is {ARRAY_TOO_LONG}")
+    # What is compressed, or an array, is read from its start.
+    step = sys.maxsize
+    if kind == "jsonl" and not compression:
+        # Small parts, so that units of them are of one size.
+        step = max(1, settings["unit_bytes"] // 16)
+    elif kind in ("txt", "py") and not compression:
+        # A part is a document.
         step = LONGEST_TEXT
-        if kind == "jsonl":
-            step = max(1, math.ceil(size / count_parts(size, unit_bytes)))
-        for start in range(0, size, step):
-            end = min(start + step, size)
-            yield Part(file, start, end, end - start)
+    for start in range(0, size, step):
+        yield Part(file, start, start + step, min(step, size - start))
 
 
-def plan_units(files: list[Path], unit_bytes: int, settings: dict) -> list[list[Part]]:
+def plan_units(files: list[Path], settings: dict) -> list[list[Part]]:
     """Work units of one size, half to all of unit_bytes, as far as parts allow; in the order of the input."""
-    parts = [part for file in files for part in split_file(file, unit_bytes, settings)]
-    total = max(1, sum(part.size for part in parts))
-    count = count_parts(total, unit_bytes)
+    parts = [part for file in files for part in split_file(file, settings)]
+    total = sum(part.size for part in parts)
+    # A power of two, so that two, four or eight workers end at about the same time.
+    count = 1 << math.ceil(math.log2(max(1, total / settings["unit_bytes"])))
     units = [[] for _ in range(count)]
     # A part goes where it begins, so that the last unit is no smaller than the others.
     before = 0
     for part in parts:
-        units[min(before * count // total, count - 1)].append(part)
+        units[before * count // total].append(part)
         before += part.size
     return [unit for unit in units if unit]
 
@@ -285,121 +298,81 @@ def read_spans(stream, part: Part, size: int) -> Iterator[tuple[int, bytes | Val
         offset += length
 
 
-def read_json(stream, file: Path) -> Iterator[tuple]:
-    """Objects of an array, or one after another; one of them in memory."""
-    parse = json.JSONDecoder().raw_decode
-    between = re.compile(r"[\s,\[\]]*")
-    # What is not UTF-8 becomes surrogates, which the row is refused for later.
-    characters = io.TextIOWrapper(stream, "utf-8", "surrogateescape")
-    text = ""
-    number = 1
-    wrong = None
-    while block := characters.read(BLOCK):
-        text += block
-        start = between.match(text).end()
-        while start < len(text):
-            try:
-                row, end = parse(text, start)
-            except (json.JSONDecodeError, RecursionError) as error:
-                # It may only be cut off by the block's end; the next block tells.
-                wrong = error
-                break
-            yield f"{file}: object {number}", row
-            start = between.match(text, end).end()
-            number += 1
-        text = text[start:]
-        if len(text) > LONGEST_ROW:
-            break
-    if text:
-        yield f"{file}: object {number}", ValueError(f"not JSON, and so is what follows: {wrong}")
+def read_array(stream) -> Iterator[tuple[int, object]]:
+    """(number, row) of a .json file that is one array, in memory as a whole."""
+    data = stream.read(LONGEST_ROW + 1)
+    if len(data) > LONGEST_ROW:
+        yield 0, ValueError(ARRAY_TOO_LONG)
+        return
+    try:
+        yield from enumerate(json.loads(data), 1)
+    except (ValueError, RecursionError) as error:
+        yield 0, ValueError(f"not JSON: {error}")
 
 
+# Row groups follow one another, and the metadata of thousands of them takes a while to read.
 @functools.lru_cache(maxsize=1)
 def open_parquet(file: Path):
-    """Kept from one row group to the next: the metadata of thousands of them takes a while to read."""
-    import pyarrow.parquet
-
-    return pyarrow.parquet.ParquetFile(file, buffer_size=BLOCK, page_checksum_verification=True)
-
-
-def read_parquet(part: Part, settings: dict) -> Iterator[tuple]:
+    parquet = need("pyarrow.parquet", file)
     try:
-        parquet = open_parquet(part.file)
+        return parquet.ParquetFile(file, buffer_size=BLOCK, page_checksum_verification=True)
     except PARQUET_ERRORS as error:
-        yield str(part.file), ValueError(f"not Parquet: {error}")
-        return
-    score = settings["score_key"]
-    wanted = text_columns(settings) | {score, score.split(".")[0]}
+        raise ValueError(f"{file} is not Parquet: {error}") from None
+
+
+def read_row_group(file: Path, group: int, settings: dict) -> Iterator[tuple[int, dict | ValueError]]:
+    parquet = open_parquet(file)
+    wanted = columns_of(settings) | {settings["score_key"], settings["score_key"].split(".")[0]}
     columns = [name for name in parquet.schema_arrow.names if name in wanted]
-    for group in range(part.start, part.end):
-        where = f"{part.file}: row group {group}"
-        number = 0
-        try:
-            # The other cores have workers of their own.
-            for batch in parquet.iter_batches(256, [group], columns, use_threads=False):
-                for row in batch_rows(batch):
-                    number += 1
-                    yield f"{where}, row {number}", row
-        except PARQUET_ERRORS as error:
-            # What was read of the group before the damage is kept.
-            lost = parquet.metadata.row_group(group).num_rows - number
-            yield where, ValueError(f"{lost} rows lost: {error}".replace("\n", " "))
-
-
-def batch_rows(batch) -> list[dict | ValueError]:
-    """A batch's rows, one that is not UTF-8 found by itself."""
+    number = 0
     try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:
-        if batch.num_rows == 1:
-            return [ValueError("invalid UTF-8")]
-        return [row for i in range(batch.num_rows) for row in batch_rows(batch.slice(i, 1))]
+        # The other cores have workers of their own.
+        for batch in parquet.iter_batches(256, [group], columns, use_threads=False):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except PARQUET_ERRORS as error:
+        # What was read of the group before the damage is kept.
+        lost = parquet.metadata.row_group(group).num_rows - number
+        yield number + 1, ValueError(f"{lost} rows lost: {error}".replace("\n", " "))
 
 
-def open_stream(file: Path, compression: str):
+def open_stream(file: Path, compression: str | None):
     """A file's bytes, decompressed; reading broken or truncated compression raises OSError or EOFError."""
     if compression == "gz":
         return gzip.open(file, "rb")
     if compression == "zst":
-        import pyarrow  # zstandard's reader takes a truncated file for a whole one
-
+        # The package zstandard takes a truncated file for a whole one.
+        pyarrow = need("pyarrow", file)
         return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"), BLOCK)
     return open(file, "rb")
 
 
-def read_part(part: Part, settings: dict) -> Iterator[tuple]:
-    """(where, row) of a part: a row is a line of JSON (bytes), a dict or what is wrong (ValueError)."""
-    kind, compression = kind_of(part.file)
+def read_part(part: Part, settings: dict) -> Iterator[tuple[str, object]]:
+    """(where, row) of a part: a row is text or JSON (bytes), an object or what is wrong (ValueError)."""
+    file = part.file
+    kind, compression = kind_of(file)
     if kind == "parquet":
-        yield from read_parquet(part, settings)
+        for number, row in read_row_group(file, part.start, settings):
+            yield f"{file}: row group {part.start}, row {number}", row
         return
-    with open_stream(part.file, compression) as stream:
+    with open_stream(file, compression) as stream:
         try:
-            if kind == "json":
-                yield from read_json(stream, part.file)
-            elif kind == "jsonl":
-                for offset, line in read_spans(stream, part, 0):
-                    if isinstance(line, ValueError) or line.strip():
-                        yield f"{part.file}: line at byte {offset}", line
-            else:
-                for offset, text in read_spans(stream, part, LONGEST_TEXT):
-                    try:
-                        row = text if isinstance(text, ValueError) else {settings["text_key"]: text.decode()}
-                    except UnicodeDecodeError as error:
-                        offset += error.start
-                        row = ValueError("invalid UTF-8")
-                    yield f"{part.file}: text at byte {offset}", row
+            if kind == "json" and begins_array(stream):
+                for number, row in read_array(stream):
+                    yield f"{file}: row {number}", row
+                return
+            for offset, span in read_spans(stream, part, LONGEST_TEXT if kind in ("txt", "py") else 0):
+                # Blank lines stand between rows or at the end.
+                if isinstance(span, ValueError) or span.strip():
+                    yield f"{file}: byte {offset}", span
         except (EOFError, OSError, zlib.error) as error:
             if not compression:
                 raise
-            yield str(part.file), ValueError(f"broken compression: {error}")
+            yield str(file), ValueError(f"broken compression: {error}")
 
 
 # ---- documents: the text or the turns of a row, as token ids
-
-
-WORKER = {}  # settings, partial, dtypes, max_bad, bos, eos; encode; closing, what ends a turn
-MARK = "\ue000\ue001\ue000"  # private-use characters, which no chat has and no template touches
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -428,123 +401,138 @@ def lookup(row: dict, key: str):
     return row
 
 
-def read_chat(turns) -> list[dict]:
-    """The turns of either shape as messages of role and content."""
-    chat = []
-    for turn in turns if isinstance(turns, list) and turns else [None]:
-        turn = turn if isinstance(turn, dict) else {}
-        role = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise ValueError("no turns, or one without a role (from) or without text as its content (value)")
-        role = {"human": "user", "gpt": "assistant"}.get(role, role)
-        chat.append({**turn, "role": role, "content": content})
-    return chat
+class Encoder:
+    """Rows -> token ids and loss masks, by a tokenizer's files and the settings."""
 
-
-def common_prefix(a: str, b: str) -> int:
-    """How many characters two texts begin with alike."""
-    return bisect_left(range(min(len(a), len(b))), True, key=lambda i: a[: i + 1] != b[: i + 1])
-
-
-def chat_segments(chat: list[dict], render: Callable, closing: re.Pattern) -> list[tuple[str, bool]]:
-    """The rendered chat in segments (text, whether it is an assistant's turn with its end-of-turn token).
-
-    A turn is where the rendering differs from one with MARK as the turn's content; so it is found whatever
-    the template adds, trims or leaves out. What both have stays out: the empty <think> block that Qwen3 puts
-    before the last answer, part of the prompt when it answers. A thought that the template keeps is in.
-    """
-    full = render(chat)
-    segments = []
-    done = 0  # characters of it that are in segments
-    for i, turn in enumerate(chat):
-        if turn["role"] != "assistant":
-            continue
-        parts = render([*chat[:i], {**turn, "content": MARK}, *chat[i + 1 :]]).split(MARK)
-        if len(parts) != 2:
-            raise ValueError(f"the template writes turn {i + 1}, an assistant's, {len(parts) - 1} times")
-        start = common_prefix(full, parts[0])
-        end = len(full) - common_prefix(full[::-1], parts[1][::-1])
-        if not done <= start <= end:
-            raise ValueError(f"turn {i + 1}, an assistant's, cannot be told from the template's own text")
-        if match := closing.match(full, end):
-            end = match.end()
-        segments += [(full[done:start], False), (full[start:end], True)]
-        done = end
-    return [*segments, (full[done:], False)]
-
-
-def read_document(file: Path, row) -> tuple[str, list[tuple[str | list[int], bool]]] | None:
-    """(split, segments) of a row; None: filtered out; ValueError says what is wrong.
-
-    A segment is (text or ids, whether they are an assistant's turn).
-    """
-    settings = WORKER["settings"]
-    if isinstance(row, ValueError):
-        raise row
-    if isinstance(row, bytes):
-        try:
-            row = json.loads(row)
-        except UnicodeDecodeError:
-            raise ValueError("invalid UTF-8") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    if settings["min_score"] is not None:
-        score = lookup(row, settings["score_key"])
-        if not isinstance(score, int | float):
-            raise ValueError(f"no number under {settings['score_key']}")
-        if score < settings["min_score"]:
-            return None
-    turns = row.get("conversations") if row.get("messages") is None else row["messages"]
-    if turns is None:
-        text = lookup(row, settings["text_key"])
+    def __init__(self, settings: dict):
+        self.settings = settings
+        self.model = load_tokenizer(settings["tokenizer"])
+        self.bos_ids, self.eos_id = special_ids(self.model, settings["tokenizer"])
+        # Of several special tokens that begin alike the longest is found.
+        added = [token.content for token in self.model.get_added_tokens_decoder().values() if token.special]
+        longest_first = sorted(added, key=len, reverse=True)
+        self.special = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        self.vocab_size = max(self.model.get_vocab().values()) + 1
+        self.dtypes = {"tokens": "uint16" if self.vocab_size <= 2**16 else "uint32", "ends": "int64"}
         if settings["sft"]:
-            raise ValueError("not a chat")
-        if not isinstance(text, str):
-            raise ValueError(f"no text under {settings['text_key']}")
-        parts = [WORKER["bos"], *pieces(text), WORKER["eos"]]
-        segments = [(part, False) for part in parts]
-    else:
-        try:
-            render = chat_template(settings["tokenizer"])
-            segments = chat_segments(read_chat(turns), render, WORKER["closing"])
-        except Exception as error:  # whatever a template does not like about a chat
-            raise ValueError(f"chat: {error}") from None
-        text = "".join(segment for segment, _ in segments)
-    key = text
-    if settings["input"] == "stdlib":
-        # The same files are held out in any version of Python.
-        key = str(file.relative_to(STDLIB))
-    try:
+            self.dtypes["mask"] = "uint8"
+            chat_template(settings["tokenizer"])
+
+    def encode(self, text: str, special_tokens: bool) -> list[int]:
+        """Ids of a text in which special tokens' strings are those tokens, or else text like any other."""
+        # ValueError where the text has half of a surrogate pair, as JSON can.
         text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        raise ValueError("invalid UTF-8") from None
-    if not text:
-        return None
-    return split_of(key, settings["heldout_fraction"]), segments
+        self.model.encode_special_tokens = not special_tokens
+        ids = []
+        for piece in pieces(text):
+            ids += self.model.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+        return ids
 
+    def encode_chat(self, turns: list[dict]) -> tuple[str, list[int], list[bool]]:
+        """(rendered text, ids, loss mask: the assistant's turns, each with the special token that ends it).
 
-def tokenize(segments: list[tuple[str | list[int], bool]]) -> tuple[list[int], list[bool]]:
-    """(ids, loss mask) of a document."""
-    ids = []
-    mask = []
-    for part, trained in segments:
-        # Each by itself: no token reaches over the boundary of a turn, as none does when it is generated.
-        new = part
-        if isinstance(part, str):
-            new = WORKER["encode"]([part], add_special_tokens=False)[0].ids
-        ids += new
-        mask += [trained] * len(new)
-    return ids, mask
+        The chat is rendered a second time, with MARK as what the assistant says. Between special tokens, of
+        which the turns themselves have none by CUT, a turn is where the two differ; so it is found whatever
+        the template adds, trims or leaves out. What both have stays out: the empty <think> block that Qwen3
+        puts before the last answer, part of the prompt when it answers. A thought that it keeps is in.
+        """
+        chat = []
+        marked = []
+        # Chats come as messages of role and content, and as conversations of from and value.
+        for turn in turns:
+            role = turn.get("role", turn.get("from"))
+            content = turn.get("content", turn.get("value"))
+            if not isinstance(role, str) or not isinstance(content, str) or MARK in content:
+                raise ValueError("a turn without a role (from) or without text as its content (value)")
+            role = {"human": "user", "gpt": "assistant"}.get(role, role)
+            content = self.special.sub(lambda match: match[0][0] + CUT + match[0][1:], content)
+            chat.append({**turn, "role": role, "content": content})
+            marked.append({**chat[-1], "content": MARK if role == "assistant" else content})
+        render = chat_template(self.settings["tokenizer"])
+        # Lists of text, special token, text, …, of one length if the answers do not change the template.
+        full = self.special.split(render(chat))
+        skeleton = self.special.split(render(marked))
+        if full[1::2] != skeleton[1::2]:
+            raise ValueError("the template's special tokens depend on what the assistant says")
+
+        # The whole rendering, each turn of the assistant's between two MARKs.
+        text = ""
+        for piece, pattern, special in zip(full[::2], skeleton[::2], [*full[1::2], ""], strict=True):
+            before, mark, after = pattern.partition(MARK)
+            if after.strip() and self.settings["sft"]:
+                raise ValueError("the template ends an assistant's turn without a special token")
+            if mark:
+                # Up to here the prompt is the same whatever the answer; a turn ends with the token after it.
+                start = len(os.path.commonprefix([piece, before]))  # noqa: RUF071
+                text += piece[:start] + MARK + piece[start:] + special + MARK
+            else:
+                text += piece + special
+        # A turn by itself: no token reaches over its boundary, as none does when it is generated.
+        ids = []
+        mask = []
+        for i, segment in enumerate(text.split(MARK)):
+            # What the tokenizer gets at a time has no special tokens but the template's.
+            if self.settings["special_tokens"]:
+                segment = segment.replace(CUT, "")
+            for part in segment.split(CUT):
+                new = self.encode(part, special_tokens=True)
+                ids += new
+                mask += [i % 2 == 1] * len(new)
+        return "".join(full).replace(CUT, ""), ids, mask
+
+    def row(self, row, file: Path) -> tuple[str, list[int], list[bool]] | None:
+        """(split, ids, loss mask) of a row; None: filtered out; ValueError says what is wrong with it."""
+        settings = self.settings
+        if isinstance(row, ValueError):
+            raise row
+        if isinstance(row, bytes) and kind_of(file)[0] in ("txt", "py"):
+            row = {settings["text_key"]: row.decode()}
+        elif isinstance(row, bytes):
+            try:
+                row = json.loads(row)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError("not a JSON object")
+        if settings["min_score"] is not None:
+            score = lookup(row, settings["score_key"])
+            if not isinstance(score, int | float):
+                raise ValueError(f"no number under {settings['score_key']}")
+            if score < settings["min_score"]:
+                return None
+
+        turns = row.get("messages") or row.get("conversations")
+        if turns:
+            try:
+                text, ids, mask = self.encode_chat(turns)
+            except Exception as error:  # whatever a template does not like about a chat
+                raise ValueError(f"chat: {error}") from None
+        elif settings["sft"]:
+            raise ValueError("not a chat")
+        else:
+            text = lookup(row, settings["text_key"])
+            if not isinstance(text, str):
+                raise ValueError(f"no text under {settings['text_key']}")
+            ids = self.bos_ids + self.encode(text, settings["special_tokens"])
+            if self.eos_id is not None:
+                ids.append(self.eos_id)
+            mask = []
+        if not text:
+            return None
+        if settings["sft"]:
+            ids = ids[: settings["seq_len"]]
+            mask = mask[: settings["seq_len"]]
+            # Nobody answers, or the question alone is too long.
+            if True not in mask:
+                return None
+        # The quickstart holds out the same files in any version of Python.
+        key = str(file.relative_to(STDLIB)) if settings["input"] == "stdlib" else text
+        return split_of(key, settings["heldout_fraction"]), ids, mask
 
 
 # ---- shards, written
 
-
-def shard_file(split: str, column: str, number: int) -> str:
-    return f"{'heldout_' if split == 'heldout' else ''}{column}_{number:05d}.npy"
+WORKER = {}  # a worker's Encoder, the directory it writes to, and max_bad
 
 
 def sha256(file: Path) -> str:
@@ -555,23 +543,14 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def temporary(file: Path) -> Path:
-    """A process's own name for a file until it is whole: one that was killed may not have noticed yet."""
-    return file.with_name(f"{file.name}.{os.getpid()}.tmp")
-
-
-def rename(stream, file: Path) -> None:
-    """Gives a written temporary file its name: whole or not at all, whenever process or machine die."""
-    stream.flush()
-    os.fsync(stream.fileno())
-    stream.close()
-    os.replace(stream.name, file)
-
-
 def write_json(file: Path, value: dict) -> None:
-    with open(temporary(file), "w", encoding="utf-8") as stream:
+    """Whole or not at all, whenever process or machine die."""
+    temporary = file.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as stream:
         stream.write(json.dumps(value, indent=2) + "\n")
-        rename(stream, file)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
 
 
 def load_json(file: Path) -> dict:
@@ -579,84 +558,76 @@ def load_json(file: Path) -> dict:
 
 
 class ShardWriter:
-    """One shard's .npy files, which grow under temporary names: tokens, ends and, with sft, mask."""
+    """One shard's .npy files, which grow: tokens, ends and, with sft, mask."""
 
     def __init__(self, directory: Path, split: str, number: int, dtypes: dict[str, str]):
-        self.dtypes = {column: np.dtype(dtype) for column, dtype in dtypes.items()}
-        self.paths = {column: directory / shard_file(split, column, number) for column in dtypes}
+        self.dtypes = dtypes
         self.counts = dict.fromkeys(dtypes, 0)
-        self.files = {column: open(temporary(path), "wb") for column, path in self.paths.items()}
-        for file in self.files.values():
-            file.write(bytes(HEADER))
+        self.files = {}
+        for column in dtypes:
+            self.files[column] = open(directory / f"{PREFIX[split]}{column}_{number:05d}.npy", "wb")
+            self.files[column].write(bytes(HEADER))
 
-    def append(self, tokens, ends, mask) -> None:
-        """Documents that end at `ends` in tokens."""
-        ends = np.asarray(ends) + self.counts["tokens"]
-        values = {"tokens": tokens, "ends": ends, "mask": mask}
+    def append(self, ids: list[int], mask: list[bool]) -> None:
+        """A document."""
+        values = {"tokens": ids, "ends": [self.counts["tokens"] + len(ids)], "mask": mask}
         for column, file in self.files.items():
             file.write(np.asarray(values[column], self.dtypes[column]).tobytes())
             self.counts[column] += len(values[column])
 
-    def close(self) -> list[dict]:
-        """[the shard's entry in meta.json], or [] where there is nothing in it."""
+    def close(self) -> dict:
+        """The shard's entry in meta.json."""
         sums = {}
         for column, file in self.files.items():
             # How long the array is goes into the header, which was left free for it.
             file.seek(0)
-            header = {
-                "descr": self.dtypes[column].str,
-                "fortran_order": False,
-                "shape": (self.counts[column],),
-            }
+            descr = np.dtype(self.dtypes[column]).str
+            header = {"descr": descr, "fortran_order": False, "shape": (self.counts[column],)}
             np.lib.format.write_array_header_1_0(file, header)
-            rename(file, self.paths[column])
-            sums[self.paths[column].name] = sha256(self.paths[column])
-        entry = {"file": self.paths["tokens"].name, "tokens": self.counts["tokens"]}
-        entry |= {"documents": self.counts["ends"], "sha256": sums}
-        if entry["documents"]:
-            return [entry]
-        for path in self.paths.values():
-            path.unlink()
-        return []
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            path = Path(file.name)
+            sums[path.name] = sha256(path)
+        name = Path(self.files["tokens"].name).name
+        return {
+            "file": name,
+            "tokens": self.counts["tokens"],
+            "documents": self.counts["ends"],
+            "sha256": sums,
+        }
 
 
-def start_worker(model: Tokenizer, worker: dict) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have workers of their own
+def start_worker(worker: dict) -> None:
+    WORKER.update(worker)
+    # The other cores have workers of their own.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A file that the parent has open would be read from one position by all.
     open_parquet.cache_clear()
 
-    def end_with_parent():  # which may be killed without a chance to tell
+    def end_with_parent():
+        # It may be killed without a chance to tell.
         multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    # An assistant's turn ends with the special token that follows it, the longest that fits.
-    special = [token.content for token in model.get_added_tokens_decoder().values() if token.special]
-    closing = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)) or "(?!)"
-    WORKER.update(worker, encode=model.encode_batch_fast, closing=re.compile(rf"\s*(?:{closing})"))
 
 
 def write_unit(number: int, parts: list[Part]) -> dict:
-    """Makes the unit's shard, and a part of the held-out one in units/, unless they are there.
-
-    Returns {"filtered", "bad", "splits"}, as in units/00000.json, which is written last.
-    """
-    settings = WORKER["settings"]
+    """Makes the unit's shards, unless they are there; returns {"filtered", "bad", "shards"} of it."""
+    encoder = WORKER["encoder"]
     partial = WORKER["partial"]
-    done = partial / "units" / f"{number:05d}.json"
+    done = partial / f"unit_{number:05d}.json"
     if done.is_file():
         return load_json(done)
-    writers = {
-        "tokens": ShardWriter(partial, "tokens", number, WORKER["dtypes"]),
-        "heldout": ShardWriter(partial / "units", "heldout", number, WORKER["dtypes"]),
-    }
+    writers = {}
     filtered = 0
     bad = []
     for part in parts:
-        for where, row in read_part(part, settings):
+        for where, row in read_part(part, encoder.settings):
             try:
-                document = read_document(part.file, row)
+                document = encoder.row(row, part.file)
             except ValueError as error:
                 bad.append(f"{where}: {error}")
                 check_bad(bad, WORKER["max_bad"])
@@ -664,18 +635,13 @@ def write_unit(number: int, parts: list[Part]) -> dict:
             if document is None:
                 filtered += 1
                 continue
-            split, segments = document
-            ids, mask = tokenize(segments)
-            if settings["sft"]:
-                ids = ids[: settings["seq_len"]]
-                mask = mask[: settings["seq_len"]]
-                if True not in mask:  # nobody answers, or the question alone is too long
-                    filtered += 1
-                    continue
-            writers[split].append(ids, [len(ids)], mask)
-    # The JSON comes last: where it is there, so are the shards.
-    splits = {split: writer.close() for split, writer in writers.items()}
-    result = {"filtered": filtered, "bad": bad, "splits": splits}
+            split, ids, mask = document
+            if split not in writers:
+                writers[split] = ShardWriter(partial / "shards", split, number, encoder.dtypes)
+            writers[split].append(ids, mask)
+    shards = {split: writer.close() for split, writer in writers.items()}
+    result = {"filtered": filtered, "bad": bad, "shards": shards}
+    # Where this file is there, so are the shards.
     write_json(done, result)
     return result
 
@@ -688,93 +654,68 @@ def check_bad(bad: list[str], max_bad: int) -> None:
         )
 
 
-def join_heldout(partial: Path, units: list[dict], dtypes: dict[str, str]) -> list[dict]:
-    """Makes one shard of the units' held-out documents, few in each, in which blocks would not fit."""
-    writer = ShardWriter(partial, "heldout", 0, dtypes)
-    for number, unit in enumerate(units):
-        if unit["splits"]["heldout"]:
-            files = {column: shard_file("heldout", column, number) for column in dtypes}
-            arrays = {c: np.load(partial / "units" / file, mmap_mode="r") for c, file in files.items()}
-            writer.append(arrays["tokens"], arrays["ends"], arrays.get("mask"))
-    return writer.close()
-
-
-def check_settings(file: Path, settings: dict) -> None:
-    """ValueError where a directory was begun with other settings, by its meta.json or settings.json."""
-    begun = load_json(file)["settings"]
-    for name, value in settings.items():
-        if begun.get(name) != value:
-            wrong = f"was begun with {name} = {begun.get(name)!r}, not {value!r}"
-            raise ValueError(f"{file.parent} {wrong}; remove it or choose another --out")
-
-
-def run_units(units: list[list[Part]], workers: int, max_bad: int, arguments: tuple) -> list[dict]:
-    """write_unit's results for all units, worked on in any order."""
-    sizes = [sum(part.size for part in unit) for unit in units]
-    bar = tqdm(total=sum(sizes), unit="B", unit_scale=True)
+def run_units(units: list[list[Part]], workers: int, worker: dict) -> list[dict]:
+    """write_unit's results for all units, worked on side by side."""
+    results = []
     bad = []
+    pool = ProcessPoolExecutor(workers, None, start_worker, (worker,))
     try:
-        pool = ProcessPoolExecutor(workers, None, start_worker, arguments)
-        futures = [pool.submit(write_unit, number, unit) for number, unit in enumerate(units)]
-        size_of = dict(zip(futures, sizes, strict=True))
-        for future in as_completed(futures):
-            for reason in future.result()["bad"]:
-                bar.write(f"skipped {reason}", file=sys.stderr)
-                bad.append(reason)
-            check_bad(bad, max_bad)
-            bar.update(size_of[future])
+        for result in tqdm(pool.map(write_unit, range(len(units)), units), total=len(units), unit="unit"):
+            for reason in result["bad"]:
+                tqdm.write(f"skipped {reason}", file=sys.stderr)
+            bad += result["bad"]
+            check_bad(bad, worker["max_bad"])
+            results.append(result)
         pool.shutdown()
-        return [future.result() for future in futures]
-    except BrokenProcessPool:  # as the kernel does when memory is short
+        return results
+    except BrokenProcessPool:
+        # As the kernel does when memory is short.
         raise ValueError("a worker was killed; the same command goes on with the units left") from None
     finally:
         # After an error or Ctrl-C nobody waits for units that are not whole, which can take hours.
-        for worker in multiprocessing.active_children():
-            worker.terminate()
-        bar.close()
+        for process in multiprocessing.active_children():
+            process.terminate()
+
+
+def check_settings(begun: dict, settings: dict, directory: Path) -> None:
+    """ValueError where a directory was begun with other settings than these."""
+    for name, value in settings.items():
+        if begun.get(name) != value:
+            wrong = f"was begun with {name} = {begun.get(name)!r}, not {value!r}"
+            raise ValueError(f"{directory} {wrong}; remove it or choose another --out")
 
 
 def begin(partial: Path, settings: dict) -> io.TextIOWrapper:
     """Makes the directory, or takes it as an earlier call with these settings left it; returns its lock."""
     import fcntl  # which Windows has not; the readers below work there too
 
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = open(partial / "lock", "w")  # this process's until it ends, however it does
+    (partial / "shards").mkdir(parents=True, exist_ok=True)
+    # This process's until it ends, however it does.
+    lock = open(partial / "lock", "w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise ValueError(f"another process is writing {partial}") from None
-    if (partial / "progress.json").is_file():
-        raise ValueError(f"{partial} was begun by an earlier version; remove it or choose another --out")
+    # Units that other settings made do not go with these.
     if (partial / "settings.json").is_file():
-        check_settings(partial / "settings.json", settings)
+        check_settings(load_json(partial / "settings.json"), settings, partial)
     else:
-        (partial / "units").mkdir(exist_ok=True)
-        write_json(partial / "settings.json", {"settings": settings})
-    for stale in partial.rglob("*.tmp"):
-        stale.unlink()
+        write_json(partial / "settings.json", settings)
     return lock
-
-
-def tidy(out: Path) -> None:
-    """Removes what a finished directory was made from, and its reader does not look at."""
-    shutil.rmtree(out / "units", ignore_errors=True)
-    (out / "settings.json").unlink(missing_ok=True)
-    (out / "lock").unlink(missing_ok=True)
 
 
 def write_shards(
     input=input, out=out, tokenizer=tokenizer, text_key=text_key, min_score=min_score, score_key=score_key,
-    sft=sft, seq_len=seq_len, heldout_fraction=heldout_fraction, unit_bytes=unit_bytes, max_bad=max_bad,
-    num_workers=num_workers,
+    special_tokens=special_tokens, sft=sft, seq_len=seq_len, heldout_fraction=heldout_fraction,
+    unit_bytes=unit_bytes, max_bad=max_bad, num_workers=num_workers,
 ) -> None:  # fmt: skip
     """Tokenizes the input into the shard directory `out`; ValueError before any work if something is missing.
 
     Goes on in out.partial where an earlier call with the same settings was cut off.
     """
-    # What decides which bytes are written.
+    # What decides which bytes are written, in the form that it has when it is read back.
     settings = {k: v for k, v in locals().items() if k not in ("out", "max_bad", "num_workers")}
-    settings = json.loads(json.dumps(settings, default=str))  # as they are when read back
+    settings = json.loads(json.dumps(settings, default=str))
     out = Path(out)
     partial = Path(f"{out}.partial")
     if out.exists() and not (out / "meta.json").is_file():
@@ -784,70 +725,68 @@ def write_shards(
     if unit_bytes < 1 or seq_len < 2:
         raise ValueError(f"unit_bytes is {unit_bytes}, seq_len {seq_len}; they must be at least 1 and 2")
     files = find_files(settings["input"])
-    plain = [file for file in files if kind_of(file)[0] in ("txt", "py")]
-    if plain and (sft or min_score is not None):
-        raise ValueError(f"{plain[0]} is plain text: it has no {'chats' if sft else 'scores'}")
-    model = load_tokenizer(tokenizer)
-    if sft:
-        chat_template(tokenizer)
+    # Also refuses names that are of no kind.
+    for file in files:
+        if kind_of(file)[0] in ("txt", "py") and (sft or min_score is not None):
+            raise ValueError(f"{file} is plain text: it has no {'chats' if sft else 'scores'}")
+    encoder = Encoder(settings)
 
     # Of the input, names, sizes and times of change stand for what is in it.
-    stats = [file.stat() for file in files]
-    listing = [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)]
+    listing = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
-    total_size = sum(stat.st_size for stat in stats)
+    total_size = sum(size for _, size, _ in listing)
     settings["input_files"] = f"{len(files)} files, {total_size:,} bytes, {digest}"
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    found = [Path(tokenizer) / name for name in names if (Path(tokenizer) / name).is_file()]
+    found = [file for name in names if (file := Path(tokenizer) / name).is_file()]
     settings["tokenizer_files"] = {file.name: sha256(file) for file in found}
     if out.exists():
-        check_settings(out / "meta.json", settings)
-        tidy(out)
+        check_settings(load_json(out / "meta.json")["settings"], settings, out)
+        # Left by a call that was killed before its very last step.
+        shutil.rmtree(partial, ignore_errors=True)
         print(f"{out} is there already, made with the same settings")
         return
 
-    bos_ids, eos_id = special_ids(model, tokenizer)
-    vocab_size = max(model.get_vocab().values()) + 1
-    dtypes = {"tokens": "<u2" if vocab_size <= 2**16 else "<u4", "ends": "<i8"}
-    if sft:
-        dtypes["mask"] = "|u1"
-    # The work, a unit a shard.
-    units = plan_units(files, unit_bytes, settings)
+    units = plan_units(files, settings)
     lock = begin(partial, settings)
-    done = len(list(partial.glob("units/*.json")))
-    if done:
+    if done := len(list(partial.glob("unit_*.json"))):
         print(f"going on in {partial}: {done} of {len(units)} units are done")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    worker = {"settings": settings, "partial": partial, "dtypes": dtypes, "max_bad": max_bad}
-    worker |= {"bos": bos_ids, "eos": [] if eos_id is None else [eos_id]}
-    results = run_units(units, num_workers or cores, max_bad, (model, worker))
+    worker = {"encoder": encoder, "partial": partial, "max_bad": max_bad}
+    results = run_units(units, num_workers or cores, worker)
 
     # What came of it, in the order of the input.
-    shards = {
-        "tokens": [shard for unit in results for shard in unit["splits"]["tokens"]],
-        "heldout": join_heldout(partial, results, dtypes),
-    }
-    documents = {split: sum(shard["documents"] for shard in shards[split]) for split in shards}
-    tokens = {split: sum(shard["tokens"] for shard in shards[split]) for split in shards}
-    filtered = sum(unit["filtered"] for unit in results)
-    bad = [reason for unit in results for reason in unit["bad"]]
-    dropped = f"{filtered:,} filtered out, {len(bad):,} bad"
+    filtered = sum(result["filtered"] for result in results)
+    bad = [reason for result in results for reason in result["bad"]]
+    shards = {}
+    documents = {}
+    summary = []
+    for split in PREFIX:
+        shards[split] = [result["shards"][split] for result in results if split in result["shards"]]
+        documents[split] = sum(shard["documents"] for shard in shards[split])
+        tokens = sum(shard["tokens"] for shard in shards[split])
+        summary.append(f"{documents[split]:,} documents, {tokens:,} tokens")
+    counts = f"{summary[0]} for training; {summary[1]} held out; {filtered:,} filtered out, {len(bad):,} bad"
     if not shards["tokens"]:
         shutil.rmtree(partial)
-        held = f"{documents['heldout']} documents held out"
-        raise ValueError(f"the input holds no text to train on: {len(files)} files, {held}, {dropped}")
+        raise ValueError(f"the input holds no text to train on: {len(files)} files, {counts}")
     meta = {
-        "format": FORMAT, "dtype": np.dtype(dtypes["tokens"]).name, "vocab_size": vocab_size,
-        "vocabulary_hash": vocabulary_hash(model), "tokenizer": str(tokenizer), "bos_ids": bos_ids,
-        "eos_id": eos_id, "sft": sft, "settings": settings, "documents": documents, "filtered": filtered,
-        "bad": len(bad), "first_bad": bad[:100], "splits": shards,
+        "format": FORMAT, "dtype": encoder.dtypes["tokens"], "vocab_size": encoder.vocab_size,
+        "vocabulary_hash": vocabulary_hash(encoder.model), "tokenizer": str(tokenizer),
+        "bos_ids": encoder.bos_ids, "eos_id": encoder.eos_id, "sft": sft, "settings": settings,
+        "documents": documents, "filtered": filtered, "bad": len(bad), "first_bad": bad[:100],
+        "splits": shards,
     }  # fmt: skip
-    write_json(partial / "meta.json", meta)
-    partial.rename(out)
-    tidy(out)
+    # With its last file the directory is whole, and then gets its name.
+    write_json(partial / "shards/meta.json", meta)
+    (partial / "shards").rename(out)
+    shutil.rmtree(partial)
     lock.close()
-    counts = [f"{documents[split]:,} documents, {tokens[split]:,} tokens" for split in shards]
-    print(f"{out}: {counts[0]} for training; {counts[1]} held out; {dropped}")
+    print(f"{out}: {counts}")
+    if heldout_fraction and not documents["heldout"]:
+        print(
+            f"nothing is held out of {documents['tokens']:,} documents, so train.py cannot evaluate on them: "
+            "give more and shorter ones (files, or lines of .jsonl), or a larger --heldout_fraction"
+        )
 
 
 # ---- shards, read
@@ -862,7 +801,7 @@ def read_meta(path: Path) -> dict:
     return meta
 
 
-def read_array(file: Path, length: int, dtype: str) -> np.ndarray:
+def map_array(file: Path, length: int, dtype: str) -> np.ndarray:
     """A .npy file, memory-mapped; ValueError names it where it is not what meta.json says."""
     try:
         values = np.load(file, mmap_mode="r")
@@ -873,7 +812,7 @@ def read_array(file: Path, length: int, dtype: str) -> np.ndarray:
     return values
 
 
-open_array = functools.lru_cache(maxsize=OPEN_ARRAYS)(read_array)
+open_array = functools.lru_cache(maxsize=OPEN_ARRAYS)(map_array)
 
 
 class Batch(NamedTuple):
@@ -901,12 +840,15 @@ class Shards:
         self.shards = self.meta["splits"][split]
         if sft and not self.meta["sft"]:
             raise ValueError(f"{path} holds packed text, not SFT rows (prepare.py --sft=True writes those)")
+        # A packed reader leaves the mask of SFT rows alone.
+        columns = ["tokens", "ends", "mask"] if sft else ["tokens", "ends"]
         blocks = []
         for number, shard in enumerate(self.shards):
-            for column in ("tokens", "ends", "mask") if sft else ("tokens", "ends"):
-                read_array(*self.locate(number, column))  # is it there, and whole?
+            # Is everything there, and whole? Too many to keep open.
+            for column in columns:
+                self.array(number, column, map_array)
             blocks.append(shard["documents"] if sft else max(0, shard["tokens"] - 1) // seq_len)
-        self.starts = [0, *accumulate(blocks)]  # first block of each shard
+        self.starts = [0, *itertools.accumulate(blocks)]  # first block of each shard
         self.blocks = self.starts[-1]
         total = sum(shard["tokens"] for shard in self.shards)
         if not self.blocks:
@@ -914,16 +856,12 @@ class Shards:
             raise ValueError(f"{path}: {total} tokens in its {split} split, not one {wanted}")
         self.tokens_per_block = total / self.blocks if sft else seq_len
 
-    def locate(self, number: int, column: str) -> tuple[Path, int, str]:
-        """(file, length, dtype) of the tokens, ends or mask of shard `number`."""
+    def array(self, number: int, column: str, load: Callable = open_array) -> np.ndarray:
+        """The tokens, ends or mask of shard `number`."""
         shard = self.shards[number]
         dtype = {"tokens": self.meta["dtype"], "ends": "int64", "mask": "uint8"}[column]
         length = shard["documents" if column == "ends" else "tokens"]
-        return self.path / shard["file"].replace("tokens", column), length, dtype
-
-    def array(self, number: int, column: str) -> np.ndarray:
-        """The values themselves, opened again where too many were open."""
-        return open_array(*self.locate(number, column))
+        return load(self.path / shard["file"].replace("tokens", column), length, dtype)
 
     def block(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids, labels, documents), each [T], of block i; T is seq_len, or a row's length - 1."""
@@ -942,10 +880,6 @@ class Shards:
         first, last = np.searchsorted(ends, [start, end], side="right")
         documents = np.searchsorted(ends[first:last], np.arange(start, end), side="right")
         return tokens[:-1], tokens[1:], documents
-
-    def count_labels(self, i: int) -> int:
-        """Tokens of block i with a label."""
-        return int((self.block(i)[1] != -100).sum()) if self.sft else self.seq_len
 
 
 def permute(i: int, n: int, seed: int) -> int:
@@ -977,13 +911,17 @@ class Mixture:
 
     def __init__(self, data: dict[str, float | None], split: str, seq_len: int, seed: int, sft: bool = False):
         self.sources = [Shards(path, split, seq_len, sft) for path in data]
+        self.seq_len = seq_len
         self.seed = seed
         self.sft = sft
         self.shares = [
             source.blocks if budget is None else max(1, int(budget / source.tokens_per_block))
             for source, budget in zip(self.sources, data.values(), strict=True)
         ]
-        self.starts = [0, *accumulate(self.shares)]  # of each source among an epoch's samples, unshuffled
+        self.starts = [
+            0,
+            *itertools.accumulate(self.shares),
+        ]  # of each source among an epoch's samples, unshuffled
         self.total = self.starts[-1]
         tokens = (s.tokens_per_block * share for s, share in zip(self.sources, self.shares, strict=True))
         self.tokens_per_block = sum(tokens) / self.total
@@ -1016,8 +954,9 @@ class Mixture:
 
     def count_labels(self, first: int, count: int) -> int:
         """Tokens with a label in samples first, first + 1, …"""
-        places = [self.place(i) for i in range(first, first + count)]
-        return sum(self.sources[source].count_labels(block) for source, block in places)
+        if not self.sft:
+            return count * self.seq_len
+        return int((self.batch(first, count).labels != -100).sum())
 
 
 class RandomTokens:
@@ -1047,25 +986,23 @@ def describe(directory: str) -> None:
         raise ValueError(f"{meta['tokenizer']} is no longer the tokenizer that {path} was written with")
     print(f"{path}: {'SFT rows' if meta['sft'] else 'packed text'} from {meta['settings']['input']}")
     print(f"  {meta['settings']['input_files']}; {meta['filtered']:,} filtered out, {meta['bad']:,} bad")
-    print("".join(f"  skipped {reason}\n" for reason in meta["first_bad"]), end="")
+    for reason in meta["first_bad"]:
+        print(f"  skipped {reason}")
     print(f"  {meta['vocab_size']:,} token ids of {meta['tokenizer']}, as {meta['dtype']}")
-    sums = [pair for split in meta["splits"].values() for shard in split for pair in shard["sha256"].items()]
-    for name, written in tqdm(sums, desc="verifying", unit="file", leave=False):
-        if not (path / name).is_file() or sha256(path / name) != written:
-            raise ValueError(f"{path / name} is missing or damaged: its sha256 is not the one in meta.json")
-    print(f"  {len(sums)} files have the checksums they were written with")
     for split, shards in meta["splits"].items():
+        for shard in tqdm(shards, desc="verifying", unit="shard", leave=False):
+            for name, written in shard["sha256"].items():
+                if not (path / name).is_file() or sha256(path / name) != written:
+                    raise ValueError(f"{path / name} is missing or damaged: its sha256 is not meta.json's")
         tokens = sum(shard["tokens"] for shard in shards)
-        print(f"{split}: {meta['documents'][split]:,} documents, {tokens:,} tokens in {len(shards)} shards")
-        if not tokens:
-            continue
-        source = Shards(path, split, 1, meta["sft"])
-        ids = source.array(0, "tokens")[: min(256, source.array(0, "ends")[0])]
-        print(f"  ids     {' '.join(map(str, ids[:24]))} …")
-        print(f"  text    {model.decode(ids, skip_special_tokens=False)!r}")
-        if meta["sft"]:
-            trained = ids[source.array(0, "mask")[: len(ids)] == 1]
-            print(f"  trained {model.decode(trained, skip_special_tokens=False)!r}")
+        counts = f"{meta['documents'][split]:,} documents, {tokens:,} tokens in {len(shards)} shards"
+        print(f"{split}: {counts}; every file has the checksum it was written with")
+    source = Shards(path, "tokens", 1, meta["sft"])
+    ids = source.array(0, "tokens")[: min(256, source.array(0, "ends")[0])]
+    print(f"  first   {model.decode(ids, skip_special_tokens=False)!r}")
+    if meta["sft"]:
+        trained = ids[source.array(0, "mask")[: len(ids)] == 1]
+        print(f"  trained {model.decode(trained, skip_special_tokens=False)!r}")
 
 
 if __name__ == "__main__":

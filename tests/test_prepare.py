@@ -75,7 +75,7 @@ def texts_of(directory, split="tokens"):
 
 
 def contents(directory):
-    return {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
+    return {file.name: file.read_bytes() for file in sorted(directory.iterdir()) if file.is_file()}
 
 
 def lines(texts, key="text"):
@@ -112,7 +112,6 @@ def test_every_format_gives_the_same_documents_and_bytes_for_any_number_of_worke
         written.append(contents(tmp_path / str(workers)))
     assert written[0] == written[1] == written[2]
     assert len(meta["splits"]["tokens"]) == {"jsonl": 16, "parquet": 4}.get(kind, 1)
-    assert len(meta["splits"]["heldout"]) == 1
     held = texts_of(tmp_path / "1", "heldout")
     assert 10 < len(held) < 60
     assert held == [text for text in TEXTS if text in held]
@@ -207,22 +206,29 @@ def test_a_line_or_object_too_long_is_one_bad_row(kind, tmp_path, monkeypatch):
     (tmp_path / "b.jsonl").write_bytes(lines(["the next file"]))
     meta = prepared([f"{tmp_path}/a.{kind}", f"{tmp_path}/b.jsonl"], tmp_path / "out", heldout_fraction=0)
     assert meta["bad"] == 1
-    expected = {"txt": ["last\n"], "json": ["first"]}.get(kind, ["first", "last"])
+    expected = ["last\n"] if kind == "txt" else ["first", "last"]
     assert texts_of(tmp_path / "out") == [*expected, "the next file"]
-    reason = "not JSON, and so is what follows" if kind == "json" else "a line over 5,000 bytes"
-    assert reason in meta["first_bad"][0]
+    assert "a line over 5,000 bytes" in meta["first_bad"][0]
 
 
-def test_a_gigabyte_in_one_line_takes_little_memory(tmp_path):
-    """Under 4 x the longest row of 64 MB, where the line alone is 1 GB; measured in a process of its own."""
-    with gzip.open(tmp_path / "a.jsonl.gz", "wb", 1) as file:
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
+def test_a_gigabyte_in_one_line_takes_little_memory(kind, tmp_path):
+    """Under 4 x the longest row of 64 MB, where the line alone is 1 GB; measured in a process of its own.
+
+    The .zst has 32 kB.
+    """
+    open_file = {
+        "jsonl.gz": lambda path: gzip.open(path, "wb", 1),
+        "jsonl.zst": lambda path: zstandard.open(path, "wb"),
+    }
+    with open_file[kind](tmp_path / f"a.{kind}") as file:
         file.write(lines(["first"]) + b'{"text": "')
         for _ in range(1000):
             file.write(b"x" * 2**20)
         file.write(b'"}\n' + lines(["last"]))
     script = f"""
 import resource, prepare
-paths = {[str(tmp_path / "a.jsonl.gz"), str(tmp_path / "out"), str(BUNDLED)]}
+paths = {[str(tmp_path / f"a.{kind}"), str(tmp_path / "out"), str(BUNDLED)]}
 prepare.write_shards(*paths, heldout_fraction=0)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
 """
@@ -231,6 +237,30 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
     assert int(done.stdout.split()[-1]) < 400
     assert texts_of(tmp_path / "out") == ["first", "last"]
     assert json.loads((tmp_path / "out/meta.json").read_text())["bad"] == 1
+
+
+@pytest.mark.parametrize("kind", ["json", "json.gz"])
+def test_an_array_is_read_whole_and_so_has_a_limit(kind, tmp_path, monkeypatch):
+    """Before any work where the file tells; as a bad file where it grows when decompressed."""
+    monkeypatch.setattr(prepare, "LONGEST_ROW", 5000)
+    data = json.dumps([{"text": text} for text in TEXTS]).encode()
+    (tmp_path / f"a.{kind}").write_bytes(gzip.compress(data) if kind == "json.gz" else data)
+    (tmp_path / "b.jsonl").write_bytes(lines(["the next file"]))
+    paths = [f"{tmp_path}/a.{kind}", f"{tmp_path}/b.jsonl"]
+    if kind == "json":
+        with pytest.raises(
+            ValueError, match=r"a.json is a JSON array over 64 MB; give its rows as .jsonl or .par"
+        ):
+            prepared(paths, tmp_path / "out")
+        assert not (tmp_path / "out.partial").exists()
+    else:
+        meta = prepared(paths, tmp_path / "out", heldout_fraction=0)
+        assert meta["bad"] == 1 and "a JSON array over 64 MB" in meta["first_bad"][0]
+        assert texts_of(tmp_path / "out") == ["the next file"]
+    # An object a line has no limit but the lines' own.
+    (tmp_path / "lines.json").write_bytes(lines(TEXTS))
+    prepared(tmp_path / "lines.json", tmp_path / "lines", heldout_fraction=0)
+    assert texts_of(tmp_path / "lines") == TEXTS
 
 
 def test_scores_filter_rows_by_a_dotted_key(tmp_path):
@@ -250,7 +280,7 @@ def test_scores_filter_rows_by_a_dotted_key(tmp_path):
         assert texts_of(tmp_path / kind) == kept
         assert meta["filtered"] == 150 - 1 - len(kept) and meta["bad"] == 1
     offset = sum(len(json.dumps(row)) + 1 for row in rows[:7])
-    assert f"a.jsonl: line at byte {offset}: no number under metadata.int_score" in meta["first_bad"][0]
+    assert f"a.jsonl: byte {offset}: no number under metadata.int_score" in meta["first_bad"][0]
 
 
 # ---- what is bad
@@ -291,18 +321,13 @@ def bad_parquet_text(path):
     texts = [text.encode() for text in TEXTS]
     texts[69] = b"caf\xe9"
     pq.write_table(pa.table({"text": pa.array(texts).view(pa.string())}), path, row_group_size=50)
-    return TEXTS[:69] + TEXTS[70:]
-
-
-def bad_parquet_file(path):
-    path.write_bytes(b"PAR1 but no more than that")
-    return []
+    return TEXTS[:50] + TEXTS[100:]
 
 
 def bad_array(path):
     rows = [json.dumps({"text": text}) for text in TEXTS[:5]]
     path.write_text("[" + ",\n".join([*rows, '{"text": ', *rows]) + "]")
-    return TEXTS[:5]
+    return []
 
 
 def null_in_array(path):
@@ -321,27 +346,19 @@ def bad_text(path):
 
 
 BAD = {
-    "json": ("jsonl", bad_line(3, b'{"text": "cut'), "bad.jsonl: line at byte {offset}: not JSON: "),
-    "null": (
-        "jsonl",
-        bad_line(149, b'{"text": null}'),
-        "bad.jsonl: line at byte {offset}: no text under text",
-    ),
-    "missing": (
-        "jsonl",
-        bad_line(1, b'{"other": 1}'),
-        "bad.jsonl: line at byte {offset}: no text under text",
-    ),
-    "no object": ("jsonl", bad_line(77, b'["text"]'), "bad.jsonl: line at byte {offset}: not a JSON object"),
+    "json": ("jsonl", bad_line(3, b'{"text": "cut'), "bad.jsonl: byte {offset}: not JSON: "),
+    "null": ("jsonl", bad_line(149, b'{"text": null}'), "bad.jsonl: byte {offset}: no text under text"),
+    "missing": ("jsonl", bad_line(1, b'{"other": 1}'), "bad.jsonl: byte {offset}: no text under text"),
+    "no object": ("jsonl", bad_line(77, b'["text"]'), "bad.jsonl: byte {offset}: not a JSON object"),
     "utf8": (
         "jsonl",
         bad_line(150, b'{"text": "caf\xe9"}'),
-        "bad.jsonl: line at byte {offset}: invalid UTF-8",
+        "bad.jsonl: byte {offset}: not JSON: 'utf-8' codec can't decode byte 0xe9",
     ),
     "surrogate": (
         "jsonl",
         bad_line(9, rb'{"text": "\ud83d"}'),
-        "bad.jsonl: line at byte {offset}: invalid UTF-8",
+        "bad.jsonl: byte {offset}: 'utf-8' codec can't encode character",
     ),
     "gzip": (
         "jsonl.gz",
@@ -353,13 +370,16 @@ BAD = {
         truncated(zstandard.compress),
         "bad.jsonl.zst: broken compression: Truncated compressed stream",
     ),
-    "row group": ("parquet", bad_row_group, "bad.parquet: row group 1: 50 rows lost: "),
-    "parquet text": ("parquet", bad_parquet_text, "bad.parquet: row group 1, row 20: invalid UTF-8"),
-    "parquet": ("parquet", bad_parquet_file, "bad.parquet: not Parquet: "),
-    "array": ("json", bad_array, "bad.json: object 6: not JSON, and so is what follows: "),
-    "null in array": ("json", null_in_array, "bad.json: object 4: no text under text"),
-    "string in array": ("json", string_in_array, "bad.json: object 4: not a JSON object"),
-    "text": ("txt", bad_text, "bad.txt: text at byte 11: invalid UTF-8"),
+    "row group": ("parquet", bad_row_group, "bad.parquet: row group 1, row 1: 50 rows lost: "),
+    "parquet text": (
+        "parquet",
+        bad_parquet_text,
+        "bad.parquet: row group 1, row 1: 50 rows lost: 'utf-8' codec",
+    ),
+    "array": ("json", bad_array, "bad.json: row 0: not JSON: "),
+    "null in array": ("json", null_in_array, "bad.json: row 4: no text under text"),
+    "string in array": ("json", string_in_array, "bad.json: row 4: not a JSON object"),
+    "text": ("txt", bad_text, "bad.txt: byte 0: 'utf-8' codec can't decode byte 0xe9 in position 11"),
 }
 
 
@@ -392,7 +412,7 @@ def test_more_than_max_bad_stops_and_a_higher_limit_goes_on(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"".join(rows))
     for limit, line in ((0, 10), (2, 81)):
         offset = sum(map(len, rows[:line]))
-        wrong = f"more than max_bad = {limit}, the last .*a.jsonl: line at byte {offset}: not JSON"
+        wrong = f"more than max_bad = {limit}, the last .*a.jsonl: byte {offset}: not JSON"
         with pytest.raises(ValueError, match=wrong):
             prepared(tmp_path / "a.jsonl", tmp_path / "out", max_bad=limit)
         assert (tmp_path / "out.partial/settings.json").exists()
@@ -406,11 +426,16 @@ def test_refusals_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("text")
     out, tokens = f"--out={tmp_path}/out", f"--tokenizer={BUNDLED}"
     write_as("parquet", tmp_path / "a.parquet", TEXTS)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 but no more than that")
     for name in ("empty.txt", "empty.jsonl", "empty.json", "blank.jsonl"):
         (tmp_path / name).write_text("\n\n" if name == "blank.jsonl" else "")
     before = set(tmp_path.iterdir())
     for arguments, words in [
         (["--input=/nowhere/*.jsonl"], "/nowhere/*.jsonl matches no file"),
+        (["--input=(1,2)"], "input has 1 in it, which is no file or glob"),
+        (["--input=()"], "input names no file"),
+        ([f"--input={ROOT}/README.md"], "README.md: input must be .parquet, or .txt .py .jsonl .json"),
+        ([f"--input={tmp_path}/bad.parquet"], "bad.parquet is not Parquet: "),
         ([f"--input={tmp_path}/a.*", "--min_score=1"], "a.txt is plain text: it has no scores"),
         ([f"--input={tmp_path}/a.parquet", "--text_key=body"], "no column body, messages or conversations"),
         ([f"--input={source}", "--sft=True"], "has no chat template"),
@@ -425,12 +450,12 @@ def test_refusals_are_one_line(tmp_path, monkeypatch):
         assert done.returncode == 1 and words in done.stderr.splitlines()[-1], done.stderr
         assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
         assert set(tmp_path.iterdir()) == before  # neither out nor out.partial
-    for package, kind in (("pyarrow", "jsonl.zst"), ("pyarrow", "parquet")):
+    for module, kind in (("pyarrow", "jsonl.zst"), ("pyarrow.parquet", "parquet")):
         write_as(kind, tmp_path / f"b.{kind}", TEXTS)
         with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, package, None)
-            with pytest.raises(ValueError, match=f"needs the package {package}: pip install {package}"):
-                prepared(tmp_path / f"b.{kind}", tmp_path / "b")
+            patch.setitem(sys.modules, module, None)
+            with pytest.raises(ValueError, match="needs the package pyarrow: pip install pyarrow"):
+                prepared(tmp_path / f"b.{kind}", tmp_path / f"b_{kind}")
 
 
 # ---- killed and gone on with
@@ -489,7 +514,7 @@ def test_going_on_with_other_settings_or_input_is_refused(tmp_path):
         file.write("bad\n")
     with pytest.raises(ValueError, match="more than max_bad"):
         prepared(source, tmp_path / "out", max_bad=0)
-    shutil.rmtree(tmp_path / "out.partial/units")
+    shutil.rmtree(tmp_path / "out.partial/shards")
     before = contents(tmp_path / "out.partial")
     for options in (
         {"heldout_fraction": 0.5},
@@ -539,39 +564,45 @@ def test_what_is_there_is_said_and_other_settings_are_refused(tmp_path):
     assert contents(tmp_path / "out") == before and not list((tmp_path / "else").iterdir())
 
 
+def test_nothing_held_out_is_said(tmp_path):
+    (tmp_path / "one.txt").write_text("\n".join(TEXTS))
+    source = write_as("jsonl", tmp_path / "many.jsonl", TEXTS)
+    tokens = f"--tokenizer={BUNDLED}"
+    one = run(f"--input={tmp_path}/one.txt", f"--out={tmp_path}/one", tokens)
+    assert one.returncode == 0
+    assert one.stdout.splitlines()[-1].startswith(
+        "nothing is held out of 1 documents, so train.py cannot evaluate"
+    )
+    asked = run(f"--input={tmp_path}/one.txt", f"--out={tmp_path}/asked", tokens, "--heldout_fraction=0.0")
+    many = run(f"--input={source}", f"--out={tmp_path}/many", tokens, "--heldout_fraction=0.2")
+    assert "nothing is held out" not in asked.stdout + many.stdout
+
+
 def test_killed_before_the_last_rename(tmp_path, monkeypatch):
     source = write_as("jsonl", tmp_path / "a.jsonl", TEXTS)
     prepared(source, tmp_path / "straight")
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(Path, "rename", lambda *_: 1 / 0)
         prepared(source, tmp_path / "out")
-    assert (tmp_path / "out.partial/meta.json").is_file() and not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial/shards/meta.json").is_file() and not (tmp_path / "out").exists()
     prepared(source, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
-    with monkeypatch.context() as patch:  # and after it
-        patch.setattr(prepare, "tidy", lambda out: None)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # and after it
+        patch.setattr(shutil, "rmtree", lambda *_: 1 / 0)
         prepared(source, tmp_path / "late")
-    assert (tmp_path / "late/units").is_dir()
+    assert (tmp_path / "late.partial").is_dir()
     prepared(source, tmp_path / "late")
     assert contents(tmp_path / "late") == contents(tmp_path / "straight")
-
-
-def test_what_a_killed_worker_left_is_removed(tmp_path):
-    source = write_as("jsonl", tmp_path / "a.jsonl", [*TEXTS, 1])
-    with pytest.raises(ValueError, match="more than max_bad"):
-        prepared(source, tmp_path / "out", max_bad=0)
-    for name in ("tokens_00099.npy.1.tmp", "units/heldout_ends_00099.npy.1.tmp"):
-        (tmp_path / "out.partial" / name).touch()
-    prepared(source, tmp_path / "out")
-    prepared(source, tmp_path / "straight")
-    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+    assert not (tmp_path / "late.partial").exists()
 
 
 def test_units_that_are_there_are_not_made_again(tmp_path):
     source = write_as("jsonl", tmp_path / "a.jsonl", [*TEXTS, 1])
     with pytest.raises(ValueError, match="more than max_bad"):
         prepared(source, tmp_path / "out", max_bad=0)
-    made = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out.partial").glob("*.npy")}
+    done = {file.stem.split("_")[1] for file in (tmp_path / "out.partial").glob("unit_*.json")}
+    files = [file for file in (tmp_path / "out.partial/shards").glob("*.npy") if file.stem[-5:] in done]
+    made = {file.name: file.stat().st_mtime_ns for file in files}
     assert len(made) > 10
     prepared(source, tmp_path / "out")
     now = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.npy")}
@@ -679,6 +710,17 @@ def chat_tokenizer(family, path):
     return tokenizer
 
 
+def family_tokenizer(family, real, path):
+    """One with a template like the family's, or the family's own from TOKENIZERS/llama3, qwen or smollm2."""
+    if not real:
+        return chat_tokenizer(family, path)
+    directory = Path(os.environ.get("TOKENIZERS", "tokenizers")) / family
+    if not directory.is_dir():
+        pytest.skip(f"no {directory}: give the families' own tokenizers as TOKENIZERS")
+    shutil.copytree(directory, path)
+    return Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+
 def write_chats(path, chats):
     """The first as `messages`, the next as `conversations`, and so on, in the two data sets' own shapes."""
     rows = []
@@ -696,14 +738,7 @@ def write_chats(path, chats):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sft_trains_on_the_assistants_turns_and_nothing_else(family, real, tmp_path):
     """With templates like the families', and with their own, from TOKENIZERS/llama3, qwen and smollm2."""
-    if real:
-        directory = Path(os.environ.get("TOKENIZERS", "tokenizers")) / family
-        if not directory.is_dir():
-            pytest.skip(f"no {directory}: give the families' own tokenizers as TOKENIZERS")
-        shutil.copytree(directory, tmp_path / "tokenizer")
-        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    else:
-        tokenizer = chat_tokenizer(family, tmp_path / "tokenizer")
+    tokenizer = family_tokenizer(family, real, tmp_path / "tokenizer")
     source = write_chats(tmp_path / "chats.jsonl", CHATS)
     options = {"tokenizer": tmp_path / "tokenizer", "heldout_fraction": 0}
     meta = prepared(source, tmp_path / "sft", sft=True, **options)
@@ -778,6 +813,96 @@ def test_bad_chats_are_counted(tmp_path):
     assert meta["documents"]["tokens"] == 2 and meta["bad"] == 6
     offsets = np.cumsum([len(json.dumps(row)) + 1 for row in rows])
     assert [int(reason.split(":")[1].split()[-1]) for reason in meta["first_bad"]] == offsets[:6].tolist()
+
+
+# ---- special tokens' strings in what is read
+
+
+def marked_rows(path):
+    """A document and two chats in which special tokens' strings are said; returns the special ids."""
+    chats = [
+        [("user", "Is <|im_end|> a token?"), ("assistant", "<|eot_id|>, too: <|im_end|>")],
+        [("system", "<|im_start|>"), ("user", "<|im_end|><|eot_id|>"), ("assistant", "no")],
+    ]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in chat]} for chat in chats]
+    rows.append({"text": "x = '<|im_end|>'\n<|im_start|>user"})
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_special_tokens_in_texts_and_turns_are_text(family, real, tmp_path):
+    tokenizer = family_tokenizer(family, real, tmp_path / "tokenizer")
+    special = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+    source = marked_rows(tmp_path / "a.jsonl")
+    options = {"tokenizer": tmp_path / "tokenizer", "heldout_fraction": 0}
+    prepared(source, tmp_path / "out", **options)
+    prepared(source, tmp_path / "old", special_tokens=True, **options)
+    new, old = (documents_of(tmp_path / name, "tokens") for name in ("out", "old"))
+    oracle = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    for i, row in enumerate(rows[:2]):
+        rendered = oracle.apply_chat_template(row["messages"], tokenize=False)
+        # The words are the same; only the template's own special tokens are left.
+        assert tokenizer.decode(new[i], skip_special_tokens=False) == rendered
+        said = " ".join(turn["content"] for turn in row["messages"])
+        template = tokenizer.encode(rendered, add_special_tokens=False).ids
+        spoken = tokenizer.encode(said, add_special_tokens=False).ids
+        count = np.isin(template, special).sum() - np.isin(spoken, special).sum()
+        assert np.isin(new[i], special).sum() == count > 0
+        assert np.isin(old[i], special).sum() == np.isin(template, special).sum() > count
+    bos, eos = prepare.special_ids(tokenizer, tmp_path / "tokenizer")
+    assert old[2].tolist() == [*bos, *tokenizer.encode(rows[2]["text"], add_special_tokens=False).ids, eos]
+    tokenizer.encode_special_tokens = True
+    assert new[2].tolist() == [*bos, *tokenizer.encode(rows[2]["text"], add_special_tokens=False).ids, eos]
+    with pytest.raises(ValueError, match="was begun with special_tokens = False, not True"):
+        prepared(source, tmp_path / "out", special_tokens=True, **options)
+
+
+@pytest.mark.parametrize("special_tokens", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_mask_is_right_where_turns_say_special_tokens(family, special_tokens, tmp_path):
+    tokenizer = family_tokenizer(family, False, tmp_path / "tokenizer")
+    source = marked_rows(tmp_path / "a.jsonl")
+    meta = prepared(source, tmp_path / "sft", sft=True, tokenizer=tmp_path / "tokenizer", heldout_fraction=0,
+                    special_tokens=special_tokens)  # fmt: skip
+    assert meta["documents"]["tokens"] == 2 and meta["bad"] == 1  # the text is no chat
+    rows, masks = (documents_of(tmp_path / "sft", column) for column in ("tokens", "mask"))
+    end = FAMILIES[family][2]
+    trained = [
+        tokenizer.decode(tokens[mask == 1], skip_special_tokens=False)
+        for tokens, mask in zip(rows, masks, strict=True)
+    ]
+    # Qwen's template opens a thought, which a prompt would have: it is not trained on.
+    assert trained == [f"<|eot_id|>, too: <|im_end|>{end}", f"no{end}"]
+
+
+def test_chats_are_held_out_by_what_the_template_writes(tmp_path):
+    """So by nothing of how the turns are found in it."""
+    chat_tokenizer("smollm2", tmp_path / "tokenizer")
+    chats = [[("user", f"{i} <|im_end|>"), ("assistant", f"{i}\n")] for i in range(40)]
+    source = write_chats(tmp_path / "chats.jsonl", chats)
+    meta = prepared(source, tmp_path / "out", tokenizer=tmp_path / "tokenizer", heldout_fraction=0.3)
+    oracle = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    texts = [
+        oracle.apply_chat_template([{"role": role, "content": text} for role, text in chat], tokenize=False)
+        for chat in chats
+    ]
+    held = [text for text in texts if prepare.split_of(text, 0.3) == "heldout"]
+    assert meta["documents"] == {"tokens": 40 - len(held), "heldout": len(held)}
+    rows = documents_of(tmp_path / "out", "tokens", "heldout")
+    assert [oracle.decode(row, skip_special_tokens=False) for row in rows] == held != []
+
+
+def test_a_template_whose_turns_do_not_end_is_refused(tmp_path):
+    chat_tokenizer("llama3", tmp_path / "tokenizer")
+    config = json.loads((tmp_path / "tokenizer/tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(config))
+    source = write_chats(tmp_path / "chats.jsonl", CHATS[1:2])
+    with pytest.raises(ValueError, match="template ends an assistant's turn without a special token"):
+        prepared(source, tmp_path / "out", tokenizer=tmp_path / "tokenizer", sft=True, max_bad=0)
 
 
 # ---- readers
