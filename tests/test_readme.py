@@ -35,6 +35,9 @@ RUN = {
     "python sample.py --model=student --prompt=": ("--max_new_tokens=8",),
     "python train.py --init_from=student --eval_only=True": ("--eval_blocks=4",),
     "python train.py --help": (),
+    "python train.py --train=weights --init_from=out/quickstart": QUICK,
+    "python train.py --train=weights --init_from=student": QUICK,
+    "python tools/evaluate.py --out_dir=out/quickstart": ("--agreement_blocks=2", "--new_tokens=4"),
     "python train.py --max_steps=20 --clone_skip=": QUICK,
 }  # fmt: skip
 
@@ -62,6 +65,9 @@ NOT_RUN = {
     "python prepare.py --input='raw/ultrachat/data/train_sft-*.parquet'": "needs data that are downloaded",
     "torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py config/sft_1_5b.py": GPUS,
     'pip install "lm-eval[hf]"': INSTALL,
+    "python llama.cpp/convert_hf_to_gguf.py": "needs llama.cpp's sources; tools/README.md says what was run",
+    "lm_eval --confirm_run_unsafe_code": "needs a run on GPUs, and downloads its tasks",
+    "python tools/evaluate.py --out_dir=out/lrc_1_5b": "needs a run on GPUs",
     "lm_eval --model hf": "needs a run on GPUs, and downloads its tasks; tests/test_lm_eval.py runs it",
     "python -m pytest tests/test_model.py": "it is a part of this test run",
     "python tools/from_authors.py": "needs a checkpoint of the authors' code",
