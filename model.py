@@ -1099,10 +1099,10 @@ def init_clone(
         return clone
     generator = torch.Generator().manual_seed(seed)
     for name, weight in clone.trained().items():
-        if is_free(name):
-            continue
         if name.endswith("norm"):
             nn.init.ones_(weight)
+        elif "projection" not in name:
+            continue  # free weights, and what an experiment adds, stay as they were made
         elif init == "orthogonal":
             gaussian = torch.empty(weight.shape).normal_(generator=generator)
             weight.data.copy_(torch.linalg.qr(gaussian).Q)
