@@ -1185,16 +1185,35 @@ def init_least_squares(clone: LowRankClone, ids: Tensor, ridge: float = RIDGE) -
 
     Teacher and student walk the tokens side by side, a layer at a time. What reads the student's stream is
     fitted to the teacher's normed input. What writes to it is fitted to bring it to x B where the teacher's
-    stream is x, B the embedding's projection; so it also mends the errors of the layers before, and what
-    layers and neurons that are left out would have written. Free parts of o and down get what no projection
-    can. Memory: the normal equations of one weight, float64, and the streams of all tokens at one layer.
+    stream is x, B the embedding's projection as it starts; so it also mends the errors of the layers before,
+    and what layers and neurons that are left out would have written. Free parts of o and down get what no
+    projection can. A tied head's projection is then fitted to serve embedding and head, and the layers again.
+    Memory: the normal equations of one weight, float64, and the streams of all tokens at one layer.
+    """
+    teacher = clone.teacher
+    basis = clone.embedding_projection.float().clone()
+    x_t, x_s = fit_layers(clone, ids, basis, ridge)
+    hidden_t = rms_norm(x_t, teacher.norm, teacher.config.rms_norm_eps)
+    if clone.head_projection is not None:
+        hidden_s = rms_norm(x_s, clone.norm, clone.config.rms_norm_eps)
+        fit_reads([clone.head_projection], hidden_s, hidden_t, ridge)
+        return
+    metric = logit_metric(teacher, hidden_t)
+    fit_tied_projection(clone, ids, basis, hidden_t, x_s, metric, ridge)
+    _, x_s = fit_layers(clone, ids, basis, ridge)
+    fit_final_norm(clone, hidden_t, x_s, metric, ridge)
+
+
+def fit_layers(clone: LowRankClone, ids: Tensor, basis: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Fits the layers, from the first to the last; returns the final streams of teacher and student.
+
+    basis B [d_T, d_S]: the student's stream shall be x B where the teacher's is x. See init_least_squares.
     """
     teacher = clone.teacher
     config = clone.config
     rope = rope_table(config, torch.arange(ids.shape[1], device=ids.device))
-    basis = clone.embedding_projection.float()
     x_t = F.embedding(ids, teacher.embedding).float()  # [N, T, d_T]
-    x_s = x_t @ basis  # [N, T, d_S]
+    x_s = x_t @ clone.embedding_projection.float()  # [N, T, d_S]
     ends = [*clone.kept[1:], len(teacher.layers)]
     # The layers before the first that is kept.
     x_t = teacher_streams(teacher, x_t, rope, 0, clone.kept[0])[1]
@@ -1229,7 +1248,7 @@ def init_least_squares(clone: LowRankClone, ids: Tensor, ridge: float = RIDGE) -
         down = layer.compose(weights, torch.float32)["down"]
         x_s = torch.stack([row + F.linear(a, down) for row, a in zip(x_s, features(), strict=True)])
         x_t = out
-    fit_head(clone, x_t, x_s, ridge)
+    return x_t, x_s
 
 
 def teacher_streams(teacher: Llama, x: Tensor, rope, first: int, end: int) -> tuple[Tensor, Tensor]:
@@ -1305,27 +1324,97 @@ def fit_write(
         layer.free[name].copy_(whole - composed)
 
 
-def fit_head(clone: LowRankClone, x_t: Tensor, x_s: Tensor, ridge: float) -> None:
-    """Fits the head's projection to the teacher's hidden states; or, where it is the embedding's, the final
-    norm n [d_S] to the teacher's logits: the one thing that is free in H P diag(n) x_s."""
-    teacher = clone.teacher
-    hidden_t = rms_norm(x_t, teacher.norm, teacher.config.rms_norm_eps)
-    if clone.head_projection is not None:
-        hidden_s = rms_norm(x_s, clone.norm, clone.config.rms_norm_eps)
-        fit_reads([clone.head_projection], hidden_s, hidden_t, ridge)
-        return
-    head = teacher.head_weight().double()
-    head = head - head.mean(0)  # what all logits have in common does not matter
-    metric = head.T @ head
-    projection = clone.embedding_projection.double()
-    hidden_s = rms_norm(x_s, torch.ones_like(clone.norm), clone.config.rms_norm_eps)
-    gram = 0.0
-    moment = 0.0
-    for s, t in zip(hidden_s.double(), hidden_t.double(), strict=True):
-        gram = gram + s.T @ s
-        moment = moment + t.T @ s
-    gram = gram * (projection.T @ metric @ projection)
-    moment = (projection * (metric @ moment)).sum(0)
+def logit_metric(teacher: Llama, hidden: Tensor) -> Tensor:
+    """M [d_T, d_T], float64: an error e of the final hidden state makes a KL of e^T M e / 2 or so.
+
+    It is the mean over tokens of H^T (diag(p) - p p^T) H, H the head and p what the teacher predicts.
+    """
+    head = teacher.head_weight().float()
+    probability = torch.zeros(len(head), dtype=torch.float64, device=head.device)
+    outer = 0.0
+    # 2,048 tokens, spread over all, give the mean well enough.
+    tokens = hidden.flatten(0, 1)
+    tokens = tokens[:: max(1, len(tokens) // 2048)]
+    for chunk in tokens.split(256):
+        p = (chunk @ head.T).softmax(-1)
+        probability += p.sum(0, dtype=torch.float64)
+        mean = (p @ head).double()
+        outer = outer + mean.T @ mean
+    head = head.double()
+    return ((head.T * probability) @ head - outer) / len(tokens)
+
+
+def final_moments(hidden_t: Tensor, x_s: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Means over tokens of s s^T [d_S, d_S] and t s^T [d_T, d_S], float64.
+
+    s is the student's final stream, normed with a weight of ones, and t the teacher's hidden state.
+    """
+    second = 0.0
+    cross = 0.0
+    for t, x in zip(hidden_t, x_s, strict=True):
+        s = rms_norm(x, torch.ones_like(x[0]), eps).double()
+        second = second + s.T @ s
+        cross = cross + t.double().T @ s
+    tokens = x_s.shape[0] * x_s.shape[1]
+    return second / tokens, cross / tokens
+
+
+def final_norm(
+    projection: Tensor, start: Tensor, second: Tensor, cross: Tensor, metric: Tensor, ridge: float
+):
+    """The norm n [d_S] with which P diag(n) s comes nearest to the teacher's hidden state, by the metric."""
+    gram = second * (projection.T @ metric @ projection)
+    moment = (projection * (metric @ cross)).sum(0)
     strength = ridge * gram.diagonal().mean()
     gram.diagonal().add_(strength)
-    clone.norm.copy_(torch.linalg.solve(gram, moment + strength * clone.norm.double()))
+    return torch.linalg.solve(gram, moment + strength * start)
+
+
+def fit_final_norm(clone: LowRankClone, hidden_t: Tensor, x_s: Tensor, metric: Tensor, ridge: float) -> None:
+    second, cross = final_moments(hidden_t, x_s, clone.config.rms_norm_eps)
+    projection = clone.embedding_projection.double()
+    clone.norm.copy_(final_norm(projection, clone.norm.double(), second, cross, metric, ridge))
+
+
+def fit_tied_projection(
+    clone: LowRankClone,
+    ids: Tensor,
+    basis: Tensor,
+    hidden_t: Tensor,
+    x_s: Tensor,
+    metric: Tensor,
+    ridge: float,
+) -> None:
+    """Sets the one projection P [d_T, d_S] of embedding and head, and the final norm n.
+
+    The embeddings e of the tokens should come near e B, and P diag(n) s near the teacher's hidden states t:
+    P minimises E|e (P - B)|² / E|e B|² + E|P diag(n) s - t|²_M / E|t|²_M. Given n that is linear in P, and
+    diagonal in the right bases; n and P are fitted in turn.
+    """
+    tokens = F.embedding(ids.flatten(), clone.teacher.embedding).double()
+    every = clone.teacher.embedding.double()
+    # A part for tokens that the calibration has not seen.
+    embedded = tokens.T @ tokens
+    everything = every.T @ every
+    embedded = 0.8 * embedded / embedded.trace() + 0.2 * everything / everything.trace()
+    embedded.diagonal().add_(1e-9)  # where embeddings do not fill all dimensions
+    basis = basis.double()
+    second, cross = final_moments(hidden_t, x_s, clone.config.rms_norm_eps)
+    t = hidden_t.flatten(0, 1).double()
+    embedding_scale = 1 / (basis.T @ embedded @ basis).trace()
+    head_scale = len(t) / ((t @ metric) * t).sum()
+
+    lower = torch.linalg.cholesky(embedded)
+    inverse = torch.linalg.inv(lower)
+    values, vectors = torch.linalg.eigh(inverse @ metric @ inverse.T)
+    projection = basis
+    norm = final_norm(projection, clone.norm.double(), second, cross, metric, ridge)
+    for _ in range(3):
+        energies, directions = torch.linalg.eigh(norm[:, None] * second * norm)
+        right = embedding_scale * embedded @ basis + head_scale * (metric @ cross) * norm
+        right = vectors.T @ inverse @ right @ directions
+        right = right / (embedding_scale + head_scale * values.clamp(min=0)[:, None] * energies.clamp(min=0))
+        projection = inverse.T @ vectors @ right @ directions.T
+        norm = final_norm(projection, norm, second, cross, metric, ridge)
+    clone.embedding_projection.copy_(projection)
+    clone.norm.copy_(norm)
