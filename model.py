@@ -1,17 +1,18 @@
 """Mathematics: the Llama family and its low-rank clone, as functions of their weights.
 
     teacher = convert.load_model("models/Llama-3.2-3B-Instruct")     # a Hugging Face directory -> Llama
-    clone = LowRankClone(teacher, student_config, loss_config)       # trains projections and norms only
+    clone = LowRankClone(teacher, student_config, loss_config)       # trains projections and norms, or more
     weights = clone.compose()                                        # the student's, once a step
     losses = clone.loss(ids, labels, weights)                        # {"loss", "lm", "kl", "clone", "terms"}
     student = clone.merge()                                          # an ordinary, smaller Llama
 
 Method: Low-Rank Clone, arXiv 2505.12781. The student has the teacher's layers, heads and FFN width but a
 narrower residual stream, d_S < d_T. With y = x W^T and projections P [d_T, d_S], its weights are W P where a
-weight reads the stream (q, k, v, gate, up, embedding, head) and P^T W where it writes to it (o, down).
+weight reads the stream (q, k, v, gate, up, embedding, head) and P^T W where it writes to it (o, down). Past
+the paper it may have free weights beside these or in their place, and fewer layers and neurons.
 
 In reading order: the shape of a model, one layer (`block`), a plain model, the loss of a chunk of tokens, the
-clone losses, the clone, how it starts. Shapes: B batch, T tokens, D hidden_size, H heads, G key/value heads,
+clone losses, the student, how it starts. Shapes: B batch, T tokens, D hidden_size, H heads, G key/value heads,
 F intermediate_size, V vocabulary.
 """
 
