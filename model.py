@@ -12,8 +12,8 @@ weight reads the stream (q, k, v, gate, up, embedding, head) and P^T W where it 
 the paper it may have free weights beside these or in their place, and fewer layers and neurons.
 
 In reading order: the shape of a model, one layer (`block`), a plain model, the loss of a chunk of tokens, the
-clone losses, the student, how it starts. Shapes: B batch, T tokens, D hidden_size, H heads, G key/value heads,
-F intermediate_size, V vocabulary.
+clone losses, the student, how it starts. Shapes: B batch, T tokens, D hidden_size, H heads, G key/value
+heads, F intermediate_size, V vocabulary.
 """
 
 import dataclasses
@@ -1080,10 +1080,11 @@ class LowRankClone(nn.Module):
 
 
 def init_clone(
-    clone: LowRankClone, seed: int, init: str, covariance: Tensor | None = None, ids: Tensor | None = None
-) -> LowRankClone:
+    clone: LowRankClone, seed: int, init: str, covariance: Tensor | None = None, ids: Tensor | None = None,
+    progress: Callable = list,
+) -> LowRankClone:  # fmt: skip
     """Sets projections, norms and free weights; the same for the same seed, covariance (calibrate()'s) and
-    ids [N, T] (for least_squares).
+    ids [N, T] (for least_squares, whose layers `progress` goes over, which may show a bar).
 
     "random": N(0, 0.02) and ones, as the authors' code. "orthogonal": orthonormal columns and ones. "channel"
     (after arXiv 2605.29327) and "pca": the student's stream is the teacher's in one basis U [d_T, d_S], the
@@ -1096,7 +1097,7 @@ def init_clone(
             start = LowRankClone(clone.teacher, config, clone.loss_config)
         for layer, other in zip(start.layers, clone.layers, strict=True):
             layer.neurons = other.neurons
-        start_from_clone(clone, init_clone(start, seed, init, covariance, ids))
+        start_from_clone(clone, init_clone(start, seed, init, covariance, ids, progress))
         return clone
     generator = torch.Generator().manual_seed(seed)
     for name, weight in clone.trained().items():
@@ -1125,7 +1126,7 @@ def init_clone(
         basis = torch.linalg.eigh(covariance).eigenvectors[:, -clone.config.hidden_size :]
         init_from_basis(clone, basis, covariance, balance)
     if init == "least_squares":
-        init_least_squares(clone, ids)
+        init_least_squares(clone, ids, progress=progress)
     return clone
 
 
@@ -1181,7 +1182,9 @@ RIDGE = 0.01  # of the mean energy of what a projection gets: how firmly it is h
 
 
 @torch.no_grad()
-def init_least_squares(clone: LowRankClone, ids: Tensor, ridge: float = RIDGE) -> None:
+def init_least_squares(
+    clone: LowRankClone, ids: Tensor, ridge: float = RIDGE, progress: Callable = list
+) -> None:
     """Fits the projections of a clone that "pca" has started to the tokens ids [N, T], in closed form.
 
     Teacher and student walk the tokens side by side, a layer at a time. What reads the student's stream is
@@ -1193,7 +1196,7 @@ def init_least_squares(clone: LowRankClone, ids: Tensor, ridge: float = RIDGE) -
     """
     teacher = clone.teacher
     basis = clone.embedding_projection.float().clone()
-    x_t, x_s = fit_layers(clone, ids, basis, ridge)
+    x_t, x_s = fit_layers(clone, ids, basis, ridge, progress)
     hidden_t = rms_norm(x_t, teacher.norm, teacher.config.rms_norm_eps)
     if clone.head_projection is not None:
         hidden_s = rms_norm(x_s, clone.norm, clone.config.rms_norm_eps)
@@ -1201,11 +1204,13 @@ def init_least_squares(clone: LowRankClone, ids: Tensor, ridge: float = RIDGE) -
         return
     metric = logit_metric(teacher, hidden_t)
     fit_tied_projection(clone, ids, basis, hidden_t, x_s, metric, ridge)
-    _, x_s = fit_layers(clone, ids, basis, ridge)
+    _, x_s = fit_layers(clone, ids, basis, ridge, progress)
     fit_final_norm(clone, hidden_t, x_s, metric, ridge)
 
 
-def fit_layers(clone: LowRankClone, ids: Tensor, basis: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def fit_layers(
+    clone: LowRankClone, ids: Tensor, basis: Tensor, ridge: float, progress: Callable
+) -> tuple[Tensor, Tensor]:
     """Fits the layers, from the first to the last; returns the final streams of teacher and student.
 
     basis B [d_T, d_S]: the student's stream shall be x B where the teacher's is x. See init_least_squares.
@@ -1218,7 +1223,7 @@ def fit_layers(clone: LowRankClone, ids: Tensor, basis: Tensor, ridge: float) ->
     ends = [*clone.kept[1:], len(teacher.layers)]
     # The layers before the first that is kept.
     x_t = teacher_streams(teacher, x_t, rope, 0, clone.kept[0])[1]
-    for layer, first, end in zip(clone.layers, clone.kept, ends, strict=True):
+    for layer, first, end in progress([*zip(clone.layers, clone.kept, ends, strict=True)]):
         weights = teacher.layers[first].weights(torch.float32)
         middle, out = teacher_streams(teacher, x_t, rope, first, end)
         # Errors count relative to the token's stream, or the massive tokens would decide alone.

@@ -147,6 +147,11 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 QUICKSTART = "data/quickstart"
 
 
+def show(steps, **options):
+    """The steps, behind a bar where rank 0 has a terminal."""
+    return tqdm(steps, leave=False, disable=None if RANK == 0 else True, **options)
+
+
 def print0(text: str) -> None:
     """On one process, above a bar where there is one."""
     if RANK == 0:
@@ -413,17 +418,16 @@ def start_weights(model, train_data: Mixture, checkpoint_path: Path | None, devi
         # The same tokens on any number of processes, and when resumed.
         ids = to_device(train_data.batch(0, max(1, calibration_tokens // seq_len)).ids, device)
         if needs_calibration():
-            bar = tqdm(
-                ids, desc="calibrating", unit="block", leave=False, disable=None if RANK == 0 else True
-            )
-            covariance = model.calibrate(bar)
+            covariance = model.calibrate(show(ids, desc="calibrating", unit="block"))
     if checkpoint_path is not None:
         convert.load_weights(checkpoint_path, model)
     elif is_clone:
-        models.init_clone(model, seed, init, covariance, ids)
+        layers = functools.partial(show, desc="fitting", unit="layer")
+        models.init_clone(model, seed, init, covariance, ids, layers)
     else:
         model.init_weights(seed)
-    from_rank_0([*trained_parameters(model).values(), *(getattr(model, "mean_squares", None) or {}).values()])
+    mean_squares = getattr(model, "mean_squares", None) or {}
+    from_rank_0([*trained_parameters(model).values(), *model.buffers(), *mean_squares.values()])
 
 
 def speed_up(model, device: torch.device) -> None:
@@ -576,7 +580,7 @@ def evaluate(model, heldout: Mixture, device: torch.device) -> dict:
     labels = heldout.count_labels(0, blocks)
     size, _ = split_batch()
     starts = range(0, blocks, size * WORLD_SIZE)
-    for start in tqdm(starts, desc="evaluating", leave=False, disable=None if RANK == 0 else True):
+    for start in show(starts, desc="evaluating", unit="pass"):
         first = start + RANK * size
         count = min(size, blocks - first)
         is_real = count > 0
