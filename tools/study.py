@@ -93,7 +93,8 @@ def table(results: dict[str, list[list[dict]]]) -> str:
     """Markdown of {variant: metrics.jsonl lines of each of its finished runs}."""
     references = [name for name in ("scratch", "paper") if results.get(name)]
     curves = {name: mean_curve(runs) for name, runs in results.items() if runs}
-    head = ["variant", "seeds", "held-out CE", "max − min", "KL to teacher", "effective rank, last layer"]
+    head = ["variant", "seeds", "held-out CE", "max − min", "KL to teacher", "same likeliest token"]
+    head.append("effective rank, last layer")
     head += [f"tokens to {name}'s {curves[name][-1][1]:.3f}" for name in references]
     rows, teacher = [head, ["---"] + ["---:"] * (len(head) - 1)], {}
     for name, curve in curves.items():
@@ -102,6 +103,8 @@ def table(results: dict[str, list[list[dict]]]) -> str:
         row = [name, str(len(ends)), f"{mean(losses):.3f}"]
         row.append(f"{max(losses) - min(losses):.3f}" if len(ends) > 1 else "–")
         row.append(f"{mean(end['val_kl'] for end in ends):.3f}" if is_clone else "–")
+        agreement = [end["val_agreement"] for end in ends if "val_agreement" in end]
+        row.append(f"{mean(agreement):.1%}" if agreement else "–")
         row.append(f"{mean(end['val_rank_student'][-1] for end in ends):.1f}" if is_clone else "–")
         teacher = ends[0] if is_clone else teacher
         for reference in references:
@@ -119,6 +122,7 @@ def table(results: dict[str, list[list[dict]]]) -> str:
             f"{teacher['val_teacher_lm']:.3f}",
             "",
             "0",
+            "100%",
             f"{teacher['val_rank_teacher'][-1]:.1f}",
         ]
         rows.append(row + [""] * len(references))
