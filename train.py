@@ -11,6 +11,7 @@
     python train.py config/quickstart_teacher.py  # a plain LM, as the bundled teacher was trained
     python train.py config/X.py --resume=True     # goes on from the last checkpoint in out_dir
     python train.py config/X.py --init_from=out/X --eval_only=True            # held-out loss of a model
+    python train.py config/X.py --train=weights --init_from=out/X --out_dir=out/Y   # on with its own weights
 
 The options come first, then what differs between one process and many, then the pieces of a step, then
 `main`: what can be refused, device, model, data, optimizer, the loop. tools/bench.py measures the step.
@@ -22,19 +23,15 @@ from typing import Literal
 teacher: str | dict | None = "data/quickstart/teacher"  # Hugging Face directory to clone; None: a plain LM
 train: Literal["projections", "both", "weights"] = "projections"  # of the student: W P; W P + R; W of its own
 student_hidden_size: int | None = 96  # d_S, width of the student's residual stream (tools/plan.py finds one)
-student_layers: int | tuple | None = (
-    None  # the teacher's layers to keep: indices, or a number of them; None: all
-)
+student_layers: int | tuple | None = None  # which of the teacher's to keep: indices, or how many; None: all
 student_intermediate_size: int | None = None  # FFN neurons to keep, those that add most; None: all
 model_config: dict | str | None = None  # shape of a plain LM: config.json's fields, or its directory
 init_from: str | None = (
-    None  # start from this: a clone's checkpoint, or with train=weights any Hugging Face model
+    None  # a clone's checkpoint, or with train=weights any Hugging Face model, to start at
 )
 tokenizer: str | None = None  # directory whose tokenizer goes into the checkpoints; None: the teacher's
 calibration_tokens = 16384  # tokens on which the teacher is looked at before training
-init: Literal["random", "orthogonal", "channel", "pca", "least_squares"] = (
-    "pca"  # of projections; paper: random
-)
+init: Literal["random", "orthogonal", "channel", "pca", "least_squares"] = "pca"  # paper: random
 share_qkv = False  # one projection for q, k and v, and one clone loss on their input in place of three
 share_gate_up = False  # one projection for gate and up, likewise
 tie_head_projection = True  # one projection for embedding and LM head
@@ -61,9 +58,7 @@ seed = 1  # of the initial weights and the order of the data
 max_steps = 100  # optimizer steps of the run; 0: as many as `epochs` takes
 epochs = 1.0  # passes over the data, where max_steps is 0
 learning_rate = 3e-3  # peak
-free_learning_rate: float | None = (
-    None  # peak of the student's own weights (train = both, weights); None: the same
-)
+free_learning_rate: float | None = None  # peak, of weights that are the student's own; None: the same
 lr_schedule: Literal["linear", "cosine", "warmup_stable_decay", "constant"] = "linear"  # after the warmup
 warmup_ratio = 0.05  # of max_steps, linear from 0
 decay_ratio = 0.1  # of max_steps, the last part of warmup_stable_decay
@@ -91,9 +86,7 @@ activation_checkpointing = False  # keep only the layers' inputs; each layer run
 parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: replicas of everything, or shards (FSDP2)
 replicas = 1  # of the shards, for fsdp: number of nodes to shard within each and replicate across (HSDP)
 device: str | None = None  # None: cuda where there is one, or cpu
-dtype: Literal["float32", "bfloat16", "float16"] | None = (
-    None  # to compute in; None: bfloat16 on cuda, float32 on cpu
-)
+dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on cuda, float32 on cpu
 
 if __name__ == "__main__":
     import sys
@@ -762,7 +755,7 @@ def start_wandb():
 
 
 def shape_of(config: models.ModelConfig) -> str:
-    sizes = f"{config.hidden_size} wide, FFN {config.intermediate_size}"
+    sizes = f"hidden size {config.hidden_size}, FFN {config.intermediate_size}"
     return f"{config.num_hidden_layers} layers, {sizes}"
 
 
@@ -777,7 +770,7 @@ def print_derived(model, train_data: Mixture, steps: int, device: torch.device) 
     if isinstance(model, models.LowRankClone):
         frozen = sum(p.numel() for p in model.teacher.parameters())
         size = sum(math.prod(shape) for _, shape in convert.weight_names(model.config).values())
-        print0(f"teacher: {frozen:,} parameters, frozen; hidden size {model.teacher.config.hidden_size}")
+        print0(f"teacher: {frozen:,} parameters, frozen; {shape_of(model.teacher.config)}")
         print0(f"student: {size:,} parameters, made of {trained:,} that train; {shape_of(model.config)}")
     else:
         print0(f"model: {trained:,} parameters; {shape_of(model.config)}")
@@ -825,10 +818,8 @@ def check_options() -> None:
 
     counts = "seq_len global_batch_size micro_batch_size log_every eval_blocks replicas calibration_tokens"
     refuse(counts, lambda value: value >= 1, "at least 1")
-    refuse("max_steps save_every eval_every", lambda value: value >= 0, "at least 0")
-    refuse(
-        "lm_weight kl_weight clone_weight weight_decay max_grad_norm", lambda value: value >= 0, "at least 0"
-    )
+    weights = "max_steps save_every eval_every lm_weight kl_weight clone_weight weight_decay max_grad_norm"
+    refuse(weights, lambda value: value >= 0, "at least 0")
     refuse("kl_temperature epochs learning_rate free_learning_rate", lambda value: value > 0, "above 0")
     refuse("student_rms_norm_eps", lambda value: value > 0, "above 0")
     refuse("warmup_ratio decay_ratio", lambda value: 0 <= value <= 1, "from 0 to 1")
