@@ -26,12 +26,10 @@ student_hidden_size: int | None = 96  # d_S, width of the student's residual str
 student_layers: int | tuple | None = None  # which of the teacher's to keep: indices, or how many; None: all
 student_intermediate_size: int | None = None  # FFN neurons to keep, those that add most; None: all
 model_config: dict | str | None = None  # shape of a plain LM: config.json's fields, or its directory
-init_from: str | None = (
-    None  # a clone's checkpoint, or with train=weights any Hugging Face model, to start at
-)
+init_from: str | None = None  # start: a clone's checkpoint, or with train=weights any Hugging Face model
 tokenizer: str | None = None  # directory whose tokenizer goes into the checkpoints; None: the teacher's
 calibration_tokens = 16384  # tokens on which the teacher is looked at before training
-init: Literal["random", "orthogonal", "channel", "pca", "least_squares"] = "pca"  # paper: random
+init: Literal["random", "orthogonal", "channel", "pca", "least_squares"] = "pca"  # or so (paper: random)
 share_qkv = False  # one projection for q, k and v, and one clone loss on their input in place of three
 share_gate_up = False  # one projection for gate and up, likewise
 tie_head_projection = True  # one projection for embedding and LM head
