@@ -29,7 +29,7 @@ model_config: dict | str | None = None  # shape of a plain LM: config.json's fie
 init_from: str | None = None  # start: a clone's checkpoint, or with train=weights any Hugging Face model
 tokenizer: str | None = None  # directory whose tokenizer goes into the checkpoints; None: the teacher's
 calibration_tokens = 16384  # tokens on which the teacher is looked at before training
-init: Literal["random", "orthogonal", "channel", "pca", "least_squares"] = "pca"  # or so (paper: random)
+init: Literal["random", "orthogonal", "channel", "pca", "least_squares"] = "pca"  # start; paper: random
 share_qkv = False  # one projection for q, k and v, and one clone loss on their input in place of three
 share_gate_up = False  # one projection for gate and up, likewise
 tie_head_projection = True  # one projection for embedding and LM head
