@@ -777,6 +777,11 @@ def print_derived(model, train_data: Mixture, steps: int, device: torch.device) 
         f"passes (micro-batches) of {blocks} blocks"
     )
     print0(f"{steps * tokens_per_step:,} tokens in all, {epochs_taken:.2g} epochs of the data")
+    if isinstance(model, models.LowRankClone):
+        print0(
+            "in the log: lm is the next-token loss, kl the divergence from the teacher, clone the sum of all "
+            "clone losses, teacher_lm the teacher's own lm"
+        )
 
 
 def print_end(saved: Path | None, tokenizer_dir: str | None, values: dict) -> None:

@@ -254,6 +254,21 @@ def print_shapes(teacher: models.ModelConfig) -> None:
                 print(f"  {best.hidden_size:19}{layers:16}{neurons:27}{size:16,}")
 
 
+def print_days(tokens: int, total: float, again: float) -> None:
+    """How long a run takes. total: FLOPs of a step; again: how many more with activation_checkpointing."""
+    steps, what = (train.max_steps, "the run") if train.max_steps else (1e9 / tokens, "a run of 1B tokens")
+    print(
+        f"\n{what}: {steps:,.0f} steps, {steps * tokens / 1e9:.2f}B tokens, at {peak_tflops:g} TFLOP/s each"
+    )
+    print("  MFU  activation_checkpointing   tokens/s    days   GPU-hours")
+    for fraction in mfu:
+        for checkpointing, work in ((False, total), (True, total + again)):
+            seconds = work / (gpus * peak_tflops * 1e12 * fraction)  # of a step
+            hours = steps * seconds / 3600
+            speed = f"{tokens / seconds:10,.0f}{hours / 24:8.1f}{hours * gpus:12,.0f}"
+            print(f"  {fraction:.0%}  {checkpointing!s:25}{speed}")
+
+
 def main() -> None:
     set_options(options)
     if target_params is not None:
@@ -296,17 +311,8 @@ def main() -> None:
             fits = "yes" if peak + reserve_gib <= memory_gib else "no"
             print(f"  {parallel:10}{checkpointing!s:24}{peak:10.2f}{sent:18.2f}  {fits}", flush=True)
 
-    steps, what = (train.max_steps, "the run") if train.max_steps else (1e9 / tokens, "a run of 1B tokens")
-    print(
-        f"\n{what}: {steps:,.0f} steps, {steps * tokens / 1e9:.2f}B tokens, at {peak_tflops:g} TFLOP/s each"
-    )
-    print("  MFU  activation_checkpointing   tokens/s    days   GPU-hours")
-    for fraction in mfu:
-        for checkpointing, work in ((False, total), (True, total + again)):
-            seconds = work / (gpus * peak_tflops * 1e12 * fraction)  # of a step
-            hours = steps * seconds / 3600
-            speed = f"{tokens / seconds:10,.0f}{hours / 24:8.1f}{hours * gpus:12,.0f}"
-            print(f"  {fraction:.0%}  {checkpointing!s:25}{speed}")
+    if gpu:
+        print_days(tokens, total, again)
     used = train.peak_memory_gib(torch.device("cpu"))
     print(f"\nplanned in {time.process_time():.0f} s of CPU time and {used:.1f} GiB")
 
