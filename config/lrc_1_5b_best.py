@@ -2,6 +2,7 @@
 
     torchrun --nproc_per_node=8 train.py config/lrc_1_5b_best.py
 
+The start in closed form needs a low rate: at three times SmolLM2's 1e-4 the first steps undid it.
 Not yet run at this scale: the study is on teachers of 3M and 135M parameters.
 """
 

@@ -35,6 +35,7 @@ RUN = {
     "python sample.py --model=student --prompt=": ("--max_new_tokens=8",),
     "python train.py --init_from=student --eval_only=True": ("--eval_blocks=4",),
     "python train.py --help": (),
+    "python tools/compress.py --out=compressed": ("--calibration_tokens=1024", "--eval_blocks=4"),
     "python train.py --train=weights --init_from=out/quickstart": QUICK,
     "python train.py --train=weights --init_from=student": QUICK,
     "python tools/evaluate.py --out_dir=out/quickstart": ("--agreement_blocks=2", "--new_tokens=4"),
