@@ -87,10 +87,13 @@ device: str | None = None  # None: cuda where there is one, or cpu
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on cuda, float32 on cpu
 
 if __name__ == "__main__":
+    import signal
     import sys
 
     from configurator import configure
 
+    # Until training takes Ctrl-C for the order to save, it ends the script with one line.
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped before the first step"))
     # stdout is for the numbers of an evaluation
     options = configure(globals(), log=sys.stderr if "--eval_only=True" in sys.argv else None)
 
@@ -987,8 +990,6 @@ if __name__ == "__main__":
             print(message, file=sys.stderr, flush=True)
             os._exit(1)  # gloo can hang where a group is taken down after an error
         raise SystemExit(message) from None
-    except KeyboardInterrupt:
-        raise SystemExit("stopped before the first step") from None
     if dist.is_initialized() and not wandb:
         sys.stdout.flush()
         os._exit(0)  # gloo can abort a process that takes its group down

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+torch.set_num_threads(1)  # the tests' tensors are tiny: a second thread costs more than it gives
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 BUNDLED = ROOT / "data/quickstart/teacher"

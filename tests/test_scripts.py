@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from conftest import BUNDLED, DOCUMENTS, SHAPE, clone_options, metrics, run, succeed
+from conftest import BUNDLED, DOCUMENTS, ROOT, SHAPE, clone_options, metrics, run, succeed
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -500,6 +503,19 @@ def test_values_that_make_no_sense_are_refused(name, value, allowed, monkeypatch
     monkeypatch.setattr(train, name, value)
     with pytest.raises(ValueError, match=f"{name} is {value}.*{allowed}"):
         train.check_options()
+
+
+def test_a_device_that_is_not_there_and_ctrl_c_are_told_in_a_line(work):
+    for name in ("gpu", "cuda"):
+        done = run("train.py", f"--device={name}", f"--out_dir={work}/none")
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith(f"error: device is '{name}', which torch")
+    command = [sys.executable, "train.py", f"--out_dir={work}/none"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()  # its options are read
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and error == "stopped before the first step\n"
 
 
 def test_a_teacher_with_a_value_that_is_not_finite_is_refused(work, teacher, corpus):
