@@ -666,8 +666,10 @@ def student_shape(teacher: ModelConfig, student: StudentConfig) -> ModelConfig:
     d_t = teacher.hidden_size
     d_s = student.student_hidden_size
     f = teacher.intermediate_size
-    f_s = student.student_intermediate_size or f
-    layers = student.student_layers or tuple(range(teacher.num_hidden_layers))
+    f_s = f if student.student_intermediate_size is None else student.student_intermediate_size
+    layers = student.student_layers
+    if layers is None:
+        layers = tuple(range(teacher.num_hidden_layers))
     heads = teacher.num_attention_heads
     if not 0 < d_s <= d_t:
         raise ValueError(f"student_hidden_size is {d_s}; it must be between 1 and {d_t}, the teacher's")
@@ -679,7 +681,7 @@ def student_shape(teacher: ModelConfig, student: StudentConfig) -> ModelConfig:
         )
     if not 0 < f_s <= f:
         raise ValueError(f"student_intermediate_size is {f_s}; it must be between 1 and {f}, the teacher's")
-    if list(layers) != sorted(set(layers) & set(range(teacher.num_hidden_layers))):
+    if not layers or list(layers) != sorted(set(layers) & set(range(teacher.num_hidden_layers))):
         last = teacher.num_hidden_layers - 1
         raise ValueError(f"student_layers is {layers}; it must be rising indices of layers, from 0 to {last}")
     return dataclasses.replace(
@@ -730,7 +732,7 @@ class StudentLayer(nn.Module):
         self.post_norm = nn.Parameter(torch.empty(config.hidden_size))
         # Which of the teacher's FFN neurons the student has, where it has not all.
         neurons = None
-        if student.student_intermediate_size:
+        if student.student_intermediate_size is not None:
             neurons = torch.arange(student.student_intermediate_size)
         self.register_buffer("neurons", neurons)
 

@@ -106,3 +106,19 @@ def test_every_kind_of_student_starts_nearer_than_by_pca(options):
         models.init_clone(clone, 1, init, clone.calibrate(ids), ids)
         kls[init] = clone.loss(other, other)["kl"].item()
     assert kls["least_squares"] < 0.8 * kls["pca"], kls
+
+
+def test_free_parts_fit_what_no_projection_can():
+    """On the tokens that they are fitted to, where more freedom cannot be worse."""
+    config = convert.from_hf(SHAPE | {"model_type": "llama", "vocab_size": 300, "attention_bias": True})
+    teacher = models.Llama(config).init_weights(seed=0, std=0.2).requires_grad_(False)
+    ids = torch.randint(0, 300, (16, 64), generator=torch.Generator().manual_seed(3))
+    losses = models.LossConfig(1.0, 1.0, 1.0, 0.2, "student", "student", "none", (), ())
+    kls = {}
+    for train in ("projections", "both", "weights"):
+        student = models.StudentConfig(D_S, False, False, False, 1e-5, train)
+        clone = models.LowRankClone(teacher, student, losses)
+        models.init_clone(clone, 1, "least_squares", clone.calibrate(ids), ids)
+        kls[train] = clone.loss(ids, ids)["kl"].item()
+    assert kls["both"] < 0.95 * kls["projections"], kls
+    assert kls["weights"] == pytest.approx(kls["both"], rel=1e-4)  # the same, composed

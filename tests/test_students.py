@@ -87,6 +87,21 @@ def test_clone_losses_compare_the_layers_and_neurons_that_are_kept():
         assert layer.neurons.tolist() == sorted(energies[kept].topk(20).indices.tolist())
 
 
+def test_clone_losses_are_scaled_by_the_layer_beside_which_the_student_stands():
+    teacher = random_llama(num_hidden_layers=3)
+    ids, labels = random_batch(2, 10)
+    terms = {}
+    for scale in ("none", "teacher"):
+        clone = random_clone(teacher, student_layers=(1, 2), clone_scale=scale)
+        clone.calibrate(ids)
+        terms[scale] = clone.loss(ids, labels)["terms"]
+    walk = model.walk(teacher(), ids, teacher.config)
+    activations = [a for _, a in walk][1:]
+    for name, values in terms["none"].items():
+        squares = torch.stack([activations[k][name].square().mean() for k in (1, 2)])
+        assert relative(terms["teacher"][name], values / squares) < TOLERANCE, name
+
+
 def test_a_layer_left_out_leaves_the_teacher_without_it():
     teacher = random_llama(num_hidden_layers=3)
     clone = make_clone(teacher, 32, student_layers=(0, 2), tie_head_projection=False)
@@ -146,6 +161,8 @@ def test_shapes_that_do_not_fit_are_refused():
         "student_intermediate_size is 49; it must be between 1 and 48": {"student_intermediate_size": 49},
         r"student_layers is \(0, 3\); it must be rising indices of layers, ": {"student_layers": (0, 3)},
         r"student_layers is \(1, 0\)": {"student_layers": (1, 0)},
+        r"student_layers is \(\)": {"student_layers": ()},
+        "student_intermediate_size is 0": {"student_intermediate_size": 0},
     }  # fmt: skip
     for message, options in wrong.items():
         with pytest.raises(ValueError, match=message):

@@ -9,8 +9,8 @@ A run is `train.py BASE config/study/VARIANT.py --seed=SEED` into VARIANT_SEED o
 it printed in VARIANT_SEED.log beside it. A run that was begun and not finished, or is of other length than
 BASE's, is removed and run again. Losses to reach are those of `scratch` and `paper` at their end, where their
 learning rate is 0; that of a run still under way is not, which favours the two. From scratch with the KL is
-not in train.py, whose free student has no teacher; `no_clone_random` comes near: CE and KL without clone
-loss, but on random projections of the teacher's weights.
+not among the variants; `no_clone_random` comes near: CE and KL without clone loss, but on random projections
+of the teacher's weights.
 """
 
 # what to run
