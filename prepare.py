@@ -81,7 +81,7 @@ LONGEST_TEXT = 2**24  # bytes in which a .txt file is one document; a longer one
 LONGEST_ROW = 2**26  # bytes in which a line, or the array of a .json file, must end
 OPEN_ARRAYS = 256  # shard files open at a time, of the 1024 that a process may have on many systems
 PAD_TO = 128  # tokens to whose multiple a batch of SFT rows is padded: a new length costs a GPU a new plan
-CUT = "\ufdd0"  # put into a special token's string that is said in a chat; Unicode keeps it for such uses
+CUT = "\ufdd0"  # put into a special token's string that a chat spells out; Unicode keeps it for such uses
 MARK = "\ufdd1"  # put in place of what an assistant says, to find where the template writes it
 PREFIX = {"tokens": "", "heldout": "heldout_"}  # of the files of each split
 PARQUET_ERRORS = (OSError, ValueError, NotImplementedError)  # that pyarrow raises of a damaged file
@@ -120,6 +120,52 @@ def special_ids(tokenizer: Tokenizer, path: str | Path) -> tuple[list[int], int 
     eos = tokenizer_config(path).get("eos_token")
     eos_id = None if eos is None else tokenizer.token_to_id(eos)
     return [i for i in tokenizer.encode("").ids if i != eos_id], eos_id
+
+
+def special_pattern(tokenizer: Tokenizer) -> re.Pattern:
+    """Finds the special tokens' strings in a text; of several that begin alike the longest."""
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    longest_first = sorted(special, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+
+def break_specials(special: re.Pattern, text: str) -> str:
+    """The text, with CUT in every special token's string that it spells out."""
+    return special.sub(lambda match: match[0][0] + CUT + match[0][1:], text)
+
+
+def encode_text(tokenizer: Tokenizer, text: str, special_tokens: bool = False) -> list[int]:
+    """Ids of a text in which special tokens' strings are those tokens, or else text like any other.
+
+    ValueError where the text has half of a surrogate pair, as JSON can.
+    """
+    text.encode()
+    tokenizer.encode_special_tokens = not special_tokens
+    ids = []
+    for piece in pieces(text):
+        ids += tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+    tokenizer.encode_special_tokens = False
+    return ids
+
+
+def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a rendered chat: special tokens' strings are those tokens, but for those with CUT in them."""
+    ids = []
+    for part in text.split(CUT):
+        ids += encode_text(tokenizer, part, special_tokens=True)
+    return ids
+
+
+def pieces(text: str) -> Iterator[str]:
+    """The text in parts of at most PIECE characters, cut between two lines, where a token ends anyway."""
+    between = re.compile(r"\S\n(?=\S)")
+    start = 0
+    while len(text) - start > PIECE:
+        match = between.search(text, start + PIECE // 2, start + PIECE)
+        end = match.end() if match else start + PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def vocabulary_hash(tokenizer: Tokenizer) -> str:
@@ -375,18 +421,6 @@ def read_part(part: Part, settings: dict) -> Iterator[tuple[str, object]]:
 # ---- documents: the text or the turns of a row, as token ids
 
 
-def pieces(text: str) -> Iterator[str]:
-    """The text in parts of at most PIECE characters, cut between two lines, where a token ends anyway."""
-    between = re.compile(r"\S\n(?=\S)")
-    start = 0
-    while len(text) - start > PIECE:
-        match = between.search(text, start + PIECE // 2, start + PIECE)
-        end = match.end() if match else start + PIECE
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
 def split_of(key: str, heldout_fraction: float) -> str:
     number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
     return "heldout" if number < heldout_fraction * 2**64 else "tokens"
@@ -408,25 +442,12 @@ class Encoder:
         self.settings = settings
         self.model = load_tokenizer(settings["tokenizer"])
         self.bos_ids, self.eos_id = special_ids(self.model, settings["tokenizer"])
-        # Of several special tokens that begin alike the longest is found.
-        added = [token.content for token in self.model.get_added_tokens_decoder().values() if token.special]
-        longest_first = sorted(added, key=len, reverse=True)
-        self.special = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        self.special = special_pattern(self.model)
         self.vocab_size = max(self.model.get_vocab().values()) + 1
         self.dtypes = {"tokens": "uint16" if self.vocab_size <= 2**16 else "uint32", "ends": "int64"}
         if settings["sft"]:
             self.dtypes["mask"] = "uint8"
             chat_template(settings["tokenizer"])
-
-    def encode(self, text: str, special_tokens: bool) -> list[int]:
-        """Ids of a text in which special tokens' strings are those tokens, or else text like any other."""
-        # ValueError where the text has half of a surrogate pair, as JSON can.
-        text.encode()
-        self.model.encode_special_tokens = not special_tokens
-        ids = []
-        for piece in pieces(text):
-            ids += self.model.encode_batch_fast([piece], add_special_tokens=False)[0].ids
-        return ids
 
     def encode_chat(self, turns: list[dict]) -> tuple[str, list[int], list[bool]]:
         """(rendered text, ids, loss mask: the assistant's turns, each with the special token that ends it).
@@ -445,7 +466,7 @@ class Encoder:
             if not isinstance(role, str) or not isinstance(content, str) or MARK in content:
                 raise ValueError("a turn without a role (from) or without text as its content (value)")
             role = {"human": "user", "gpt": "assistant"}.get(role, role)
-            content = self.special.sub(lambda match: match[0][0] + CUT + match[0][1:], content)
+            content = break_specials(self.special, content)
             chat.append({**turn, "role": role, "content": content})
             marked.append({**chat[-1], "content": MARK if role == "assistant" else content})
         render = chat_template(self.settings["tokenizer"])
@@ -471,13 +492,11 @@ class Encoder:
         ids = []
         mask = []
         for i, segment in enumerate(text.split(MARK)):
-            # What the tokenizer gets at a time has no special tokens but the template's.
             if self.settings["special_tokens"]:
                 segment = segment.replace(CUT, "")
-            for part in segment.split(CUT):
-                new = self.encode(part, special_tokens=True)
-                ids += new
-                mask += [i % 2 == 1] * len(new)
+            new = encode_rendered(self.model, segment)
+            ids += new
+            mask += [i % 2 == 1] * len(new)
         return "".join(full).replace(CUT, ""), ids, mask
 
     def row(self, row, file: Path) -> tuple[str, list[int], list[bool]] | None:
@@ -513,7 +532,7 @@ class Encoder:
             text = lookup(row, settings["text_key"])
             if not isinstance(text, str):
                 raise ValueError(f"no text under {settings['text_key']}")
-            ids = self.bos_ids + self.encode(text, settings["special_tokens"])
+            ids = self.bos_ids + encode_text(self.model, text, settings["special_tokens"])
             if self.eos_id is not None:
                 ids.append(self.eos_id)
             mask = []

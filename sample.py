@@ -33,7 +33,6 @@ if __name__ == "__main__":
 
 import contextlib
 import importlib
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,9 +43,15 @@ import torch.nn.functional as F
 import convert
 from configurator import choose_device, need_compiler
 from model import Llama, LowRankClone, ModelConfig, head_of, hidden_states, rope_table
-from prepare import chat_template, load_tokenizer, special_ids
-
-BREAK = "\U000f0000"  # a character for private use, which no text has
+from prepare import (
+    break_specials,
+    chat_template,
+    encode_rendered,
+    encode_text,
+    load_tokenizer,
+    special_ids,
+    special_pattern,
+)
 
 
 def pick(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator) -> torch.Tensor:
@@ -149,33 +154,11 @@ def ending_ids(eos: int | None, config: ModelConfig, directory: str) -> tuple[in
     return tuple(ids - {None})
 
 
-def encode_text(tokens, text: str) -> list[int]:
-    """The ids of a text; a special token's name in it is text as any other."""
-    tokens.encode_special_tokens = True
-    ids = tokens.encode(text, add_special_tokens=False).ids
-    tokens.encode_special_tokens = False
-    return ids
-
-
 def encode_chat(tokens, render, messages: list[dict]) -> list[int]:
     """The ids of a chat up to the assistant's next turn; only the template's own marks are special tokens."""
-    specials = [re.escape(t.content) for t in tokens.get_added_tokens_decoder().values() if t.special]
-    name = re.compile("|".join(sorted(specials, key=len, reverse=True)) or "(?!)")
-    # A name that a message spells out is broken up while the template puts its own beside it.
-    safe = []
-    for message in messages:
-        content = name.sub(lambda match: match[0][0] + BREAK + match[0][1:], message["content"])
-        safe.append({**message, "content": content})
-    text = render(safe, add_generation_prompt=True)
-    if BREAK not in text:
-        return tokens.encode(text, add_special_tokens=False).ids
-    ids = []
-    for part in re.split(f"({name.pattern})", text):
-        if name.fullmatch(part):
-            ids.append(tokens.token_to_id(part))
-        else:
-            ids += encode_text(tokens, part.replace(BREAK, ""))
-    return ids
+    special = special_pattern(tokens)
+    safe = [{**message, "content": break_specials(special, message["content"])} for message in messages]
+    return encode_rendered(tokens, render(safe, add_generation_prompt=True))
 
 
 def stream(llama: Llama, tokens, ids: list[int], seed: int, stop_ids: tuple[int, ...]) -> list[int]:

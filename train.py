@@ -133,8 +133,8 @@ from tqdm import tqdm
 import convert
 import model as models
 from configurator import choose_device, need_compiler
-from prepare import Mixture, load_tokenizer, special_ids, vocabulary_hash, write_shards
-from sample import encode_text, generate
+from prepare import Mixture, encode_text, load_tokenizer, special_ids, vocabulary_hash, write_shards
+from sample import generate
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import convert
 import model as models
 import sample
-from prepare import load_tokenizer
+from prepare import encode_text, load_tokenizer
 from sample import ending_ids, generate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,7 +182,7 @@ def test_only_the_templates_marks_are_special(tmp_path):
     text = tokens.decode(ids, skip_special_tokens=False)
     assert text == f"user: def f():{mark}user: {mark[:3]}{mark}{mark}assistant: pass{mark}assistant:"
     # a prompt, likewise; and what is encoded after it has its marks again
-    prompt = sample.encode_text(tokens, f"a{mark}b")
+    prompt = encode_text(tokens, f"a{mark}b")
     assert 0 not in prompt and tokens.decode(prompt, skip_special_tokens=False) == f"a{mark}b"
     assert tokens.encode(mark).ids == [0]
 
