@@ -52,7 +52,8 @@ micro_batch_size = 16  # most blocks of one forward pass on each device; the res
 mask_documents = False  # attention and positions restart where a document ends
 sft = False  # fine-tune a plain LM on prepare.py's SFT rows: loss on the assistant's tokens only
 seed = 1  # of the initial weights and the order of the data
-# optimizer: AdamW
+# optimizer
+optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of the layers' and projections' matrices; AdamW else
 max_steps = 100  # optimizer steps of the run; 0: as many as `epochs` takes
 epochs = 1.0  # passes over the data, where max_steps is 0
 learning_rate = 3e-3  # peak
@@ -62,6 +63,7 @@ warmup_ratio = 0.05  # of max_steps, linear from 0
 decay_ratio = 0.1  # of max_steps, the last part of warmup_stable_decay
 beta1 = 0.9  # AdamW
 beta2 = 0.999  # AdamW
+momentum = 0.95  # Muon
 weight_decay = 0.0  # on matrices, not on norms
 max_grad_norm = 1.0  # gradients are scaled down to this norm; 0 does not
 max_bad_steps = 10  # steps in a row, with a loss or gradient that is not finite, that end the run
@@ -433,17 +435,48 @@ def speed_up(model, device: torch.device) -> None:
         model.run_block = functools.partial(checkpoint, model.run_block, use_reentrant=False)
 
 
-def make_optimizer(model) -> torch.optim.AdamW:
-    """AdamW; a group's "rate" is its learning rate over `learning_rate`."""
-    groups = {}
+class MuonAndAdamW:
+    """Muon for matrices and AdamW for all else, used as one optimizer."""
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
+        self.parts = (muon, adamw)
+        self.param_groups = muon.param_groups + adamw.param_groups
+        # One dict has the state of every parameter.
+        self.state = muon.state = adamw.state
+        self.found_inf = None  # set by take_step
+
+    def step(self) -> None:
+        # Muon has no found_inf of its own. Asking for it here waits for a GPU, once a step.
+        if not self.found_inf:
+            for part in self.parts:
+                part.step()
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+
+def make_optimizer(model) -> torch.optim.AdamW | MuonAndAdamW:
+    """The optimizer that the options say; a group's "rate" is its learning rate over `learning_rate`."""
+    groups = {"muon": {}, "adamw": {}}
     for name, p in trained_parameters(model).items():
+        # A row of a vocabulary is a vector by itself.
+        by_muon = optimizer == "muon" and p.ndim == 2 and name not in ("embedding", "head")
         decay = weight_decay if p.ndim > 1 else 0.0
         rate = 1.0
         if free_learning_rate is not None and models.is_free(name):
             rate = free_learning_rate / learning_rate
-        group = groups.setdefault((decay, rate), {"params": [], "weight_decay": decay, "rate": rate})
+        group = {"params": [], "weight_decay": decay, "rate": rate}
+        group = groups["muon" if by_muon else "adamw"].setdefault((decay, rate), group)
         group["params"].append(p)
-    return torch.optim.AdamW(groups.values(), lr=learning_rate, betas=(beta1, beta2), fused=True)
+    adamw = torch.optim.AdamW(groups["adamw"].values(), learning_rate, (beta1, beta2), fused=True)
+    if not groups["muon"]:
+        return adamw
+    # A step of the size that AdamW's has, so that one learning rate serves both.
+    muon = torch.optim.Muon(
+        groups["muon"].values(), learning_rate, momentum=momentum, adjust_lr_fn="match_rms_adamw"
+    )
+    return MuonAndAdamW(muon, adamw)
 
 
 def learning_rate_at(step: int, steps: int) -> float:
@@ -631,7 +664,7 @@ def print_samples(path: Path, tokenizer_dir: str, prompt: str) -> None:
 TRAJECTORY = (
     "teacher", "train", "student_hidden_size", "student_layers", "student_intermediate_size", "model_config",
     "share_qkv", "share_gate_up", "tie_head_projection", "student_rms_norm_eps", "data", "seq_len",
-    "global_batch_size", "mask_documents", "sft", "seed",
+    "global_batch_size", "mask_documents", "sft", "seed", "optimizer",
 )  # fmt: skip
 
 # options of the learning rate, which a resumed run may change
@@ -641,14 +674,18 @@ SCHEDULE = (
 )  # fmt: skip
 
 
-def adam_state(model, optimizer) -> dict[str, torch.Tensor]:
-    """{parameter.exp_avg, parameter.exp_avg_sq: the optimizer's own tensors}, zeros before its first step."""
+def optimizer_state(model, optimizer) -> dict[str, torch.Tensor]:
+    """{parameter.exp_avg and so on: the optimizer's own tensors}, zeros before its first step."""
+    names = {p: name for name, p in trained_parameters(model).items()}
     state = {}
-    for name, p in trained_parameters(model).items():
-        values = optimizer.state[p]
-        for key in ("exp_avg", "exp_avg_sq"):
-            state[f"{name}.{key}"] = values.setdefault(key, torch.zeros_like(p.detach()))
-        values.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
+    for group in optimizer.param_groups:
+        is_muon = "momentum" in group
+        for p in group["params"]:
+            values = optimizer.state[p]
+            for key in ("momentum_buffer",) if is_muon else ("exp_avg", "exp_avg_sq"):
+                state[f"{names[p]}.{key}"] = values.setdefault(key, torch.zeros_like(p.detach()))
+            if not is_muon:
+                values.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
     return state
 
 
@@ -661,8 +698,8 @@ def save_checkpoint(
     error = None
     own = trained_parameters(model) | dict(model.named_buffers())
     tensors = {name: unshard(tensor.detach()) for name, tensor in own.items()}
-    moments = adam_state(model, optimizer)
-    taken = next((int(values["step"]) for values in optimizer.state.values()), 0)
+    moments = optimizer_state(model, optimizer)
+    taken = next((int(values["step"]) for values in optimizer.state.values() if "step" in values), 0)
     try:
         if RANK == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -698,7 +735,9 @@ def read_state(path: Path) -> dict:
     """The checkpoint's {step, optimizer_steps, options}; ValueError where it belongs to another run."""
     state = convert.read_json(path / "trainer" / "state.json")
     for name in TRAJECTORY:
-        saved = state["options"].get(name, "projections" if name == "train" else None)
+        # What a checkpoint of an older train.py does not say.
+        before = {"train": "projections", "optimizer": "adamw"}.get(name)
+        saved = state["options"].get(name, before)
         now = json.loads(json.dumps(options[name]))
         if saved != now:
             raise ValueError(f"{path} has {name} = {saved!r}, not {now!r}; a resumed run must keep it")
@@ -709,13 +748,14 @@ def read_state(path: Path) -> dict:
 
 
 def load_optimizer(path: Path, model, optimizer, steps: int) -> None:
-    """Takes AdamW's state from a checkpoint of any number of ranks, ddp or fsdp."""
+    """Takes the optimizer's state from a checkpoint of any number of ranks, ddp or fsdp."""
     reader = HuggingFaceStorageReader(str(path / "trainer"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        load_distributed(adam_state(model, optimizer), storage_reader=reader, no_dist=WORLD_SIZE == 1)
+        load_distributed(optimizer_state(model, optimizer), storage_reader=reader, no_dist=WORLD_SIZE == 1)
     for values in optimizer.state.values():
-        values["step"].fill_(steps)
+        if "step" in values:
+            values["step"].fill_(steps)
 
 
 # ---- logs

@@ -171,7 +171,8 @@ def run_step(model, make_weights, optimizer, where) -> None:
         train.backward_step(model, lambda: Pass(model)(make_weights), blocks, 0, where)
     parameters = [p for p in model.parameters() if p.requires_grad]
     grad_norm = train.unshard(torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm or torch.inf))
-    optimizer.found_inf = (~grad_norm.isfinite()).float()
+    if isinstance(optimizer, torch.optim.AdamW):  # Muon's asks what this is, and a fake tensor is nothing
+        optimizer.found_inf = (~grad_norm.isfinite()).float()
     optimizer.step()
 
 
@@ -218,14 +219,14 @@ def measure(ranks: int, parallel: str, activation_checkpointing: bool, gpu: bool
             model.chunk_loss = fused_loss
         make_weights = train.distribute(model, where) if sharded else model
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, fused=True)
-        train.adam_state(model, optimizer)  # as after a first step
+        optimizer = train.make_optimizer(model)
+        train.optimizer_state(model, optimizer)  # as after a first step
+        optimizers = getattr(optimizer, "parts", (optimizer,))
         if ranks > 1 and not sharded:
             for p in parameters:
                 p.grad = torch.zeros_like(p)  # in DDP's buckets, which stay
-        tracker = ShardTracker(model, optimizer) if sharded else ReplicaTracker()
-        if not sharded:
-            tracker.track_external(model, optimizer)
+        tracker = ShardTracker(model, optimizers[0]) if sharded else ReplicaTracker()
+        tracker.track_external(*(optimizers[1:] if sharded else (model, *optimizers)))
         with Traffic() as traffic, tracker:
             run_step(model, make_weights, optimizer, where)
         peak = sum(tracker._peak_mem.values())  # one device
