@@ -978,24 +978,6 @@ class Mixture:
         return int((self.batch(first, count).labels != -100).sum())
 
 
-class RandomTokens:
-    """Uniformly random blocks in place of a Mixture, to measure with."""
-
-    def __init__(self, vocab_size: int, seq_len: int):
-        self.vocab_size = vocab_size
-        self.seq_len = seq_len
-        self.total = 2**40
-        self.tokens_per_block = seq_len
-
-    def batch(self, first: int, count: int) -> Batch:
-        tokens = np.random.default_rng(first).integers(0, self.vocab_size, (count, self.seq_len + 1))
-        documents = np.zeros((count, self.seq_len), np.int64)
-        return Batch(tokens[:, :-1], tokens[:, 1:], documents, np.zeros(count, np.int64))
-
-    def count_labels(self, first: int, count: int) -> int:
-        return count * self.seq_len
-
-
 def describe(directory: str) -> None:
     """Prints what a shard directory holds; ValueError names a file that is not what was written."""
     path = Path(directory)

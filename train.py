@@ -290,7 +290,13 @@ def unshard(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def load_teacher(compute_dtype: torch.dtype) -> models.Llama:
+    """Replaced where a teacher is random, in tools/."""
     return convert.load_model(teacher, compute_dtype)
+
+
+def options_of(config: type) -> dict:
+    """The options that are fields of a dataclass."""
+    return {field.name: globals()[field.name] for field in dataclasses.fields(config)}
 
 
 def loss_config() -> models.LossConfig:
@@ -300,33 +306,15 @@ def loss_config() -> models.LossConfig:
     terms += ("mlp_out",)
     if not set(clone_skip) <= set(terms):
         raise ValueError(f"clone_skip is {clone_skip}; allowed: {terms}")
-    return models.LossConfig(
-        lm_weight=lm_weight,
-        kl_weight=kl_weight,
-        kl_temperature=kl_temperature,
-        clone_weight=clone_weight,
-        clone_attn_out=clone_attn_out,
-        clone_mlp_out=clone_mlp_out,
-        clone_scale=clone_scale,
-        clone_skip=clone_skip,
-        clone_skip_layers=clone_skip_layers,
-    )
+    return models.LossConfig(**options_of(models.LossConfig))
 
 
 def student_config(teacher_layers: int) -> models.StudentConfig:
-    layers = student_layers
-    if isinstance(layers, int):
-        layers = models.spread_layers(layers, teacher_layers)
-    return models.StudentConfig(
-        student_hidden_size,
-        share_qkv,
-        share_gate_up,
-        tie_head_projection,
-        student_rms_norm_eps,
-        train,
-        layers,
-        student_intermediate_size,
-    )
+    student = models.StudentConfig(**options_of(models.StudentConfig))
+    if isinstance(student_layers, int):
+        layers = models.spread_layers(student_layers, teacher_layers)
+        student = dataclasses.replace(student, student_layers=layers)
+    return student
 
 
 def build_model(compute_dtype: torch.dtype) -> models.LowRankClone | models.Llama:

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 import prepare
-from prepare import Mixture, RandomTokens, Shards, permute, write_shards
+from prepare import Mixture, Shards, permute, write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "data/quickstart/teacher"
@@ -1005,14 +1005,6 @@ def test_documents_tell_where_each_token_belongs(corpora):
             assert np.array_equal(batch.documents, np.cumsum(ended, axis=1) - ended)
             several += (batch.documents[:, -1] > 0).sum()
         assert several > 0
-
-
-def test_random_tokens_are_a_batch_too():
-    blocks = RandomTokens(vocab_size=50, seq_len=8)
-    batch = blocks.batch(3, 4)
-    assert batch.ids.shape == batch.labels.shape == batch.documents.shape == (4, 8)
-    assert np.array_equal(batch.ids[:, 1:], batch.labels[:, :-1]) and len(np.unique(batch.ids)) > 10
-    assert batch.source.tolist() == [0] * 4 and blocks.count_labels(3, 4) == 32
 
 
 def test_more_shards_than_a_process_may_open(tmp_path):

@@ -3,10 +3,12 @@
 import json
 
 import evaluate
+import numpy as np
 import plot
 import pytest
 import study
 import torch
+from bench import RandomTokens
 from conftest import run, succeed
 from test_model import make_clone, random_llama, randomise
 
@@ -223,3 +225,11 @@ def test_evaluate_refuses(options, words, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "new_tokens", 0)
     with pytest.raises(ValueError, match="new_tokens is 0; it must be at least 1"):
         evaluate.main()
+
+
+def test_random_tokens_are_a_batch_too():
+    blocks = RandomTokens(vocab_size=50, seq_len=8)
+    batch = blocks.batch(3, 4)
+    assert batch.ids.shape == batch.labels.shape == batch.documents.shape == (4, 8)
+    assert np.array_equal(batch.ids[:, 1:], batch.labels[:, :-1]) and len(np.unique(batch.ids)) > 10
+    assert batch.source.tolist() == [0] * 4 and blocks.count_labels(3, 4) == 32

@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
     options = configure({"__file__": ROOT / "train.py", "__doc__": __doc__})
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,7 +36,7 @@ from tqdm import tqdm
 import convert
 import model as models
 import train
-from prepare import RandomTokens
+from prepare import Batch
 
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 
@@ -47,6 +48,24 @@ def random_teacher(dtype: torch.dtype) -> models.Llama:
         shape = convert.read_json(Path(shape))
     teacher = models.Llama(convert.from_hf(shape, "teacher"), dtype)
     return teacher.init_weights(train.seed).to(dtype)
+
+
+class RandomTokens:
+    """Uniformly random blocks in place of a Mixture, to measure with."""
+
+    def __init__(self, vocab_size: int, seq_len: int):
+        self.vocab_size = vocab_size
+        self.seq_len = seq_len
+        self.total = 2**40
+        self.tokens_per_block = seq_len
+
+    def batch(self, first: int, count: int) -> Batch:
+        tokens = np.random.default_rng(first).integers(0, self.vocab_size, (count, self.seq_len + 1))
+        documents = np.zeros((count, self.seq_len), np.int64)
+        return Batch(tokens[:, :-1], tokens[:, 1:], documents, np.zeros(count, np.int64))
+
+    def count_labels(self, first: int, count: int) -> int:
+        return count * self.seq_len
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

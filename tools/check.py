@@ -53,7 +53,7 @@ from torch.profiler import ProfilerActivity, profile
 import convert
 import model as models
 from configurator import need_compiler
-from prepare import RandomTokens, write_shards
+from prepare import write_shards
 
 GOLDEN = ROOT / "tests/golden"
 TOKENIZER = ROOT / "data/quickstart/teacher"
@@ -508,7 +508,7 @@ def where_time_goes() -> str:
     script.speed_up(model, torch.device(device))
     optimizer = script.make_optimizer(model)
     parameters = list(script.trained_parameters(model).values())
-    blocks = RandomTokens(model.config.vocab_size, script.seq_len)
+    blocks = bench.RandomTokens(model.config.vocab_size, script.seq_len)
 
     def steps(first: int, count: int) -> None:
         for step in range(first, first + count):

@@ -46,7 +46,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from bench import count_flops, random_teacher
+from bench import RandomTokens, count_flops, random_teacher
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -58,7 +58,6 @@ from torch.utils.checkpoint import checkpoint
 import convert
 import model as models
 import train
-from prepare import RandomTokens
 
 
 def config_of(path: str) -> dict:

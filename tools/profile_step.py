@@ -20,13 +20,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 os.chdir(ROOT)
 
 import torch
-from bench import count_flops, matmul_rate, random_teacher
+from bench import RandomTokens, count_flops, matmul_rate, random_teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as models
 import train
 from configurator import configure
-from prepare import RandomTokens
 
 PRODUCTS = ("mm", "addmm_")
 
