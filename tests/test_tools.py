@@ -50,15 +50,17 @@ def results(tmp_path):
 
 
 def test_table(results):
+    results["ours"][0][-1]["agreement_length"] = 12.34
     rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]]
             for row in study.table(results).splitlines()}  # fmt: skip
-    assert rows["scratch"] == ["1", "6.000", "–", "–", "–", "–", "1.0k (1.0×)", "not reached"]
+    assert rows["scratch"] == ["1", "6.000", "–", "–", "–", "–", "–", "1.0k (1.0×)", "not reached"]
     # paper is at 4.2 on average in the end, and passes 6.0 at its second evaluation
-    assert rows["paper"][:6] == ["2", "4.200", "0.400", "2.200", "23.9%", "8.0"]
-    assert rows["paper"][6:] == ["0.5k (2.0×)", "1.0k (1.0×)"]
+    assert rows["paper"][:7] == ["2", "4.200", "0.400", "2.200", "23.9%", "–", "8.0"]
+    assert rows["paper"][7:] == ["0.5k (2.0×)", "1.0k (1.0×)"]
     # ours passes 4.2 between 250 and 500 tokens, at 250 + 250 · 0.7 / 0.8
-    assert rows["ours"][6:] == ["≤ 0.2k (≥ 4.0×)", f"{(250 + 250 * 0.7 / 0.8) / 1000:.1f}k (2.1×)"]
-    assert rows["teacher"][1] == "2.000" and rows["teacher"][5] == "9.0"
+    assert rows["ours"][5] == "12.3"
+    assert rows["ours"][7:] == ["≤ 0.2k (≥ 4.0×)", f"{(250 + 250 * 0.7 / 0.8) / 1000:.1f}k (2.1×)"]
+    assert rows["teacher"][1] == "2.000" and rows["teacher"][6] == "9.0"
 
 
 def test_an_unfinished_run_is_noticed(results, tmp_path):

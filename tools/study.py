@@ -6,11 +6,14 @@
     OMP_NUM_THREADS=2 python tools/study.py --base=config/study/smollm2.py --seeds="(1,)"
 
 A run is `train.py BASE config/study/VARIANT.py --seed=SEED` into VARIANT_SEED of BASE's out_dir, with what
-it printed in VARIANT_SEED.log beside it. A run that was begun and not finished, or is of other length than
-BASE's, is removed and run again. Losses to reach are those of `scratch` and `paper` at their end, where their
-learning rate is 0; that of a run still under way is not, which favours the two. From scratch with the KL is
-not among the variants; `no_clone_random` comes near: CE and KL without clone loss, but on random projections
-of the teacher's weights.
+it printed in VARIANT_SEED.log beside it. A variant may have options behind it: "ours --learning_rate=1e-3".
+The last checkpoint is scored by tools/evaluate.py's agreement length: for how many tokens, of 64, the student
+greedily writes what its teacher would.
+
+A run that was begun and not finished, or is of other length than BASE's, is removed and run again. Losses to
+reach are those of `scratch` and `paper` at their end, where their learning rate is 0; that of a run still
+under way is not, which favours the two. From scratch with the KL is not among the variants; `no_clone_random`
+comes near: CE and KL without clone loss, but on random projections of the teacher's weights.
 """
 
 # what to run
@@ -52,13 +55,17 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def read_metrics(directory: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; none where there is no such file, or from where it is cut off."""
-    lines, file = [], Path(directory) / "metrics.jsonl"
+def read_lines(file: Path) -> list[dict]:
+    """The lines of a .jsonl file; none where there is no such file, or from where it is cut off."""
+    lines = []
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         for line in file.read_text().splitlines():
             lines.append(json.loads(line))
     return lines
+
+
+def read_metrics(directory: Path) -> list[dict]:
+    return read_lines(Path(directory) / "metrics.jsonl")
 
 
 def is_finished(directory: Path, max_steps: int, tokens_per_step: int) -> bool:
@@ -94,7 +101,7 @@ def table(results: dict[str, list[list[dict]]]) -> str:
     references = [name for name in ("scratch", "paper") if results.get(name)]
     curves = {name: mean_curve(runs) for name, runs in results.items() if runs}
     head = ["variant", "seeds", "held-out CE", "max − min", "KL to teacher", "same likeliest token"]
-    head.append("effective rank, last layer")
+    head += ["tokens written alike", "effective rank, last layer"]
     head += [f"tokens to {name}'s {curves[name][-1][1]:.3f}" for name in references]
     rows, teacher = [head, ["---"] + ["---:"] * (len(head) - 1)], {}
     for name, curve in curves.items():
@@ -105,6 +112,8 @@ def table(results: dict[str, list[list[dict]]]) -> str:
         row.append(f"{mean(end['val_kl'] for end in ends):.3f}" if is_clone else "–")
         agreement = [end["val_agreement"] for end in ends if "val_agreement" in end]
         row.append(f"{mean(agreement):.1%}" if agreement else "–")
+        alike = [end["agreement_length"] for end in ends if "agreement_length" in end]
+        row.append(f"{mean(alike):.1f}" if alike else "–")
         row.append(f"{mean(end['val_rank_student'][-1] for end in ends):.1f}" if is_clone else "–")
         teacher = ends[0] if is_clone else teacher
         for reference in references:
@@ -123,46 +132,61 @@ def table(results: dict[str, list[list[dict]]]) -> str:
             "",
             "0",
             "100%",
+            "64",
             f"{teacher['val_rank_teacher'][-1]:.1f}",
         ]
         rows.append(row + [""] * len(references))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def options_of(config: str, variant: str) -> dict:
+def arguments_of(variant: str) -> list[str]:
+    """What a variant is to train.py: its file, and the options behind its name."""
+    name, *more = variant.split()
+    return [base, f"config/study/{name}.py", *more]
+
+
+def options_of(variant: str) -> dict:
     """train.py's options for a variant, checked as train.py checks them (exit 2 where they are wrong)."""
-    files = [config, f"config/study/{variant}.py"]
     with contextlib.redirect_stdout(io.StringIO()):
-        return configure({"__file__": str(ROOT / "train.py")}, files)
+        return configure({"__file__": str(ROOT / "train.py")}, arguments_of(variant))
+
+
+def call(directory: Path, mode: str, *command: str) -> None:
+    """Runs a script of this repository, what it prints in a log beside the run's directory."""
+    log = directory.with_name(directory.name + ".log")
+    with open(log, mode) as file:
+        code = subprocess.run([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT).returncode
+    if code:
+        reason = (log.read_text().strip().splitlines() or ["no output"])[-1]
+        raise SystemExit(f"error: {directory.name} ended with exit code {code}: {reason} (all of it: {log})")
 
 
 def main() -> None:
     runs = {}  # {(variant, seed): (directory, max_steps, tokens a step)}
     for variant in variants:
-        values = options_of(base, variant)
+        values = options_of(variant)
         size = values["max_steps"], values["global_batch_size"] * values["seq_len"]
         for seed in seeds:
-            runs[variant, seed] = (Path(out_dir or values["out_dir"]) / f"{variant}_{seed}", *size)
+            name = f"{variant}_{seed}".replace(" --", "_")
+            runs[variant, seed] = (Path(out_dir or values["out_dir"]) / name, *size)
     missing = [key for key, where in runs.items() if not is_finished(*where)] if run else []
     for variant, seed in (bar := tqdm(missing, desc="runs", unit="run", disable=not missing)):
         directory = runs[variant, seed][0]
         bar.set_postfix_str(directory.name)
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        command = [sys.executable, "train.py", base, f"config/study/{variant}.py"]
-        command += [f"--seed={seed}", f"--out_dir={directory}"]
-        log = directory.with_name(directory.name + ".log")
-        with open(log, "w") as file:
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
-        if code:
-            reason = (log.read_text().strip().splitlines() or ["no output"])[-1]
-            raise SystemExit(
-                f"error: {directory.name} ended with exit code {code}: {reason} (all of it: {log})"
-            )
+        call(directory, "w", "train.py", *arguments_of(variant), f"--seed={seed}", f"--out_dir={directory}")
+        values = options_of(variant)
+        if values["teacher"] and values["save_every"]:
+            options = ["--tasks=", f"--out_dir={directory}", f"--data={values['data']}"]
+            call(directory, "a", "tools/evaluate.py", f"--teacher={values['teacher']}", *options)
     results = {name: [] for name in variants}
     for (variant, _), where in runs.items():
         if is_finished(*where):
-            results[variant].append(read_metrics(where[0]))
+            lines = read_metrics(where[0])
+            for score in read_lines(where[0] / "results.jsonl")[-1:]:
+                lines[-1]["agreement_length"] = score["agreement_length"]
+            results[variant].append(lines)
     done, least = sum(map(len, results.values())), next(iter(runs.values()), (None, 0, 0))
     print(f"{done} of {len(runs)} runs, {least[1] * least[2]:,} tokens each, {base}\n")
     print(table(results))

@@ -12,5 +12,5 @@ max_steps = 100
 learning_rate = 3e-3
 eval_every = 5
 eval_blocks = 32
-save_every = 0
+save_every = 1_000_000  # only at the end, for what tools/study.py scores
 out_dir = "out/study"

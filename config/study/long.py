@@ -9,5 +9,5 @@ max_steps = 300
 learning_rate = 3e-3
 eval_every = 15
 eval_blocks = 32
-save_every = 0
+save_every = 1_000_000  # only at the end, for what tools/study.py scores
 out_dir = "out/study_long"

@@ -17,5 +17,5 @@ warmup_ratio = 0.1  # 5 steps; with 2 pca loses its start
 clone_weight = 0.05  # the terms of 30 layers add up
 eval_every = 5
 eval_blocks = 8
-save_every = 0
+save_every = 1_000_000  # only at the end, for what tools/study.py scores
 out_dir = "out/study_smollm2"
