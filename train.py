@@ -444,18 +444,22 @@ class MuonAndAdamW:
             part.zero_grad(set_to_none)
 
 
+def is_for_muon(name: str, p: torch.Tensor) -> bool:
+    """Whether a parameter is a matrix; a row of a vocabulary is a vector by itself."""
+    return optimizer == "muon" and p.ndim == 2 and name not in ("embedding", "head")
+
+
 def make_optimizer(model) -> torch.optim.AdamW | MuonAndAdamW:
     """The optimizer that the options say; a group's "rate" is its learning rate over `learning_rate`."""
     groups = {"muon": {}, "adamw": {}}
     for name, p in trained_parameters(model).items():
-        # A row of a vocabulary is a vector by itself.
-        by_muon = optimizer == "muon" and p.ndim == 2 and name not in ("embedding", "head")
         decay = weight_decay if p.ndim > 1 else 0.0
         rate = 1.0
         if free_learning_rate is not None and models.is_free(name):
             rate = free_learning_rate / learning_rate
         group = {"params": [], "weight_decay": decay, "rate": rate}
-        group = groups["muon" if by_muon else "adamw"].setdefault((decay, rate), group)
+        kind = "muon" if is_for_muon(name, p) else "adamw"
+        group = groups[kind].setdefault((decay, rate), group)
         group["params"].append(p)
     adamw = torch.optim.AdamW(groups["adamw"].values(), learning_rate, (beta1, beta2), fused=True)
     if not groups["muon"]:
@@ -857,6 +861,7 @@ def check_options() -> None:
     refuse("kl_temperature epochs learning_rate free_learning_rate", lambda value: value > 0, "above 0")
     refuse("student_rms_norm_eps", lambda value: value > 0, "above 0")
     refuse("warmup_ratio decay_ratio", lambda value: 0 <= value <= 1, "from 0 to 1")
+    refuse("beta1 beta2 momentum", lambda value: 0 <= value < 1, "from 0 to below 1")
     if dtype == "float16":
         raise ValueError("dtype is float16, which has too small a range to train in: use float32 or bfloat16")
     split_batch()

@@ -11,6 +11,7 @@ import plan
 import pytest
 import torch
 from conftest import ROOT, run
+from torch.utils.flop_counter import FlopCounterMode
 
 import convert
 import train
@@ -98,6 +99,22 @@ def test_shards_and_checkpointing_take_less(measure):
     peak = {(p, kept): measure(given, 4, p, kept) for p in ("ddp", "fsdp") for kept in (False, True)}
     assert peak["fsdp", True] < peak["fsdp", False] < peak["ddp", False]
     assert peak["fsdp", True] < peak["ddp", True] < peak["ddp", False]
+
+
+def test_muon_keeps_one_moment_and_adds_arithmetic(measure):
+    given = options(1, 64) | {"teacher": SHAPE | {"num_hidden_layers": 1}}
+    with_adamw = measure(given, 1, "ddp", False)
+    with_muon = measure(given | {"optimizer": "muon"}, 1, "ddp", False)
+    model = train.build_model(torch.float32)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight)
+        weight.grad = weight.detach().clone() if weight.requires_grad else None
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim == 2]
+    moment = 4 * sum(p.numel() for p in matrices) / 2**30
+    assert with_adamw - with_muon == pytest.approx(moment, rel=0.05)
+    with FlopCounterMode(display=False) as counter:
+        train.make_optimizer(model).step()
+    assert counter.get_total_flops() == plan.muon_flops(model) > 0
 
 
 def test_page_of_a_model_that_is_not_here(page):

@@ -523,6 +523,7 @@ def test_compile_without_a_compiler_is_refused(work, monkeypatch):
         ("kl_temperature", 0.0, "above 0"),
         ("max_steps", -1, "at least 0"),
         ("warmup_ratio", 5.0, "from 0 to 1"),
+        ("momentum", 1.0, "from 0 to below 1"),
         ("epochs", -1.0, "above 0"),
         ("clone_weight", -0.1, "at least 0"),
         ("free_learning_rate", 0.0, "above 0"),

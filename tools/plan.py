@@ -232,6 +232,16 @@ def measure(ranks: int, parallel: str, activation_checkpointing: bool, gpu: bool
         return peak, traffic.sent if sharded else 2 * (ranks - 1) / ranks * sum(p.nbytes for p in parameters)
 
 
+def muon_flops(model) -> float:
+    """Of the five rounds of Newton-Schulz by which Muon makes a step; under ddp every process does them."""
+    total = 0.0
+    for name, p in model.named_parameters():
+        if p.requires_grad and train.is_for_muon(name, p):
+            m, n = sorted(p.shape)
+            total += 5 * (4 * m * m * n + 2 * m**3)
+    return total
+
+
 def count_parameters(shape: models.ModelConfig) -> int:
     return sum(math.prod(size) for _, size in convert.weight_names(shape).values())
 
@@ -294,6 +304,8 @@ def main() -> None:
 
     with patch.object(train, "WORLD_SIZE", gpus):
         parts = count_flops()
+    if train.optimizer == "muon":
+        parts["Muon (ddp)"] = gpus * muon_flops(model)
     # what runs forward a second time with activation_checkpointing: the layers, and their clone losses
     again = sum(parts.get(name, 0.0) for name in ("teacher", "student", "clone losses"))
     total = sum(parts.values())
