@@ -185,7 +185,7 @@ def configure(script: dict, arguments: list[str] | None = None, log: typing.Text
 
     def assign(name: str, value, where: str, advice: str) -> None:
         if name not in options:
-            near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
             hint = f'; did you mean "{near[0]}"?' if near else ""
             fail(f'{where}: unknown option "{name}"{hint} ({advice})')
         allowed = options[name][1]
