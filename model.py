@@ -366,12 +366,12 @@ def chunk_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, te
 def log_sum_exp(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(exp(z - max z) [n, V], their sum [n, 1], log Σ exp z [n]) of z [n, V].
 
-    The last is float64, since a KL at a high temperature is a small difference of two of these.
+    The last two are float64, since a KL at a high temperature is a small difference of such logarithms.
     """
     top = z.detach().amax(-1, keepdim=True)
     exponentials = (z - top).exp()
-    total = exponentials.sum(-1, keepdim=True)
-    return exponentials, total, (total.double().log() + top)[:, 0]
+    total = exponentials.sum(-1, keepdim=True, dtype=torch.float64)
+    return exponentials, total, (total.log() + top)[:, 0]
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
