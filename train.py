@@ -445,7 +445,7 @@ class MuonAndAdamW:
 
 
 def is_for_muon(name: str, p: torch.Tensor) -> bool:
-    """Whether a parameter is a matrix; a row of a vocabulary is a vector by itself."""
+    """Whether Muon steps a parameter: a matrix, but no vocabulary, whose rows are vectors by themselves."""
     return optimizer == "muon" and p.ndim == 2 and name not in ("embedding", "head")
 
 
@@ -464,7 +464,7 @@ def make_optimizer(model) -> torch.optim.AdamW | MuonAndAdamW:
     adamw = torch.optim.AdamW(groups["adamw"].values(), learning_rate, (beta1, beta2), fused=True)
     if not groups["muon"]:
         return adamw
-    # A step of the size that AdamW's has, so that one learning rate serves both.
+    # Scaled to about the size of AdamW's step, so that one schedule serves both.
     muon = torch.optim.Muon(
         groups["muon"].values(), learning_rate, momentum=momentum, adjust_lr_fn="match_rms_adamw"
     )

@@ -235,3 +235,20 @@ def test_random_tokens_are_a_batch_too():
     assert batch.ids.shape == batch.labels.shape == batch.documents.shape == (4, 8)
     assert np.array_equal(batch.ids[:, 1:], batch.labels[:, :-1]) and len(np.unique(batch.ids)) > 10
     assert batch.source.tolist() == [0] * 4 and blocks.count_labels(3, 4) == 32
+
+
+@pytest.mark.parametrize(
+    ("option", "said"), [("teacher=None", "slices one"), ("student_hidden_size=500", "192")]
+)
+def test_slicegpt_refuses_what_it_cannot_slice(option, said):
+    done = run("tools/slicegpt.py", f"--{option}")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error:") and said in done.stderr
+
+
+def test_a_finished_run_without_its_score_is_scored(tmp_path):
+    assert study.is_scored(tmp_path, "teacher")  # it left no checkpoint to score
+    (tmp_path / "step_00000004").mkdir()
+    assert study.is_scored(tmp_path, None) and not study.is_scored(tmp_path, "teacher")
+    (tmp_path / "results.jsonl").touch()
+    assert study.is_scored(tmp_path, "teacher")

@@ -89,12 +89,18 @@ def slice_model(teacher, ids: torch.Tensor, held: int, width: int) -> torch.Tens
 def main() -> None:
     vars(train).update(options)
     train.check_options()
+    if train.teacher is None:
+        raise ValueError("teacher is None: slicegpt.py slices one")
     teacher = train.load_teacher(torch.float32)
+    width = train.student_hidden_size
+    if not 0 < width <= teacher.config.hidden_size:
+        most = teacher.config.hidden_size
+        raise ValueError(f"student_hidden_size is {width}; it must be between 1 and {most}, the teacher's")
     calibration, heldout = train.open_data(teacher.config.vocab_size, train.tokenizer_directory())
     count = max(1, train.calibration_tokens // train.seq_len)
     blocks = heldout.batch(0, min(train.eval_blocks, heldout.total))
     ids = torch.cat([torch.from_numpy(b.ids) for b in (calibration.batch(0, count), blocks)])
-    hidden, head = slice_model(teacher, ids, count, train.student_hidden_size)
+    hidden, head = slice_model(teacher, ids, count, width)
     with torch.no_grad():
         loss = head_loss(hidden, head, torch.from_numpy(blocks.labels))["lm"].item()
     print(json.dumps({"val_lm": round(loss, 4), "calibration_tokens": count * train.seq_len}))

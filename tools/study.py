@@ -75,6 +75,12 @@ def is_finished(directory: Path, max_steps: int, tokens_per_step: int) -> bool:
     return "val_lm" in last and done == (max_steps, max_steps * tokens_per_step)
 
 
+def is_scored(directory: Path, teacher: str | None) -> bool:
+    """Whether tools/evaluate.py has scored the run, or cannot: without a teacher, or without a checkpoint."""
+    has_checkpoint = any(directory.glob("step_*"))
+    return teacher is None or not has_checkpoint or (directory / "results.jsonl").is_file()
+
+
 def mean_curve(runs: list[list[dict]]) -> list[tuple[int, float]]:
     """Held-out loss by tokens, the mean over runs at the evaluations that all of them have."""
     curves = [{line["tokens"]: line["val_lm"] for line in lines if "val_lm" in line} for lines in runs]
@@ -141,7 +147,7 @@ def table(results: dict[str, list[list[dict]]]) -> str:
 
 def arguments_of(variant: str) -> list[str]:
     """What a variant is to train.py: its file, and the options behind its name."""
-    name, *more = variant.split()
+    name, *more = variant.split() or [""]
     return [base, f"config/study/{name}.py", *more]
 
 
@@ -163,23 +169,30 @@ def call(directory: Path, mode: str, *command: str) -> None:
 
 def main() -> None:
     runs = {}  # {(variant, seed): (directory, max_steps, tokens a step)}
-    for variant in variants:
-        values = options_of(variant)
+    given = {variant: options_of(variant) for variant in variants}
+    for variant, values in given.items():
         size = values["max_steps"], values["global_batch_size"] * values["seq_len"]
         for seed in seeds:
             name = f"{variant}_{seed}".replace(" --", "_")
             runs[variant, seed] = (Path(out_dir or values["out_dir"]) / name, *size)
-    missing = [key for key, where in runs.items() if not is_finished(*where)] if run else []
+    teachers = {variant: values["teacher"] for variant, values in given.items()}
+    missing = []
+    if run:
+        for (variant, seed), where in runs.items():
+            if not (is_finished(*where) and is_scored(where[0], teachers[variant])):
+                missing.append((variant, seed))
     for variant, seed in (bar := tqdm(missing, desc="runs", unit="run", disable=not missing)):
-        directory = runs[variant, seed][0]
+        where = runs[variant, seed]
+        directory = where[0]
         bar.set_postfix_str(directory.name)
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        call(directory, "w", "train.py", *arguments_of(variant), f"--seed={seed}", f"--out_dir={directory}")
-        values = options_of(variant)
-        if values["teacher"] and values["save_every"]:
-            options = ["--tasks=", f"--out_dir={directory}", f"--data={values['data']}"]
-            call(directory, "a", "tools/evaluate.py", f"--teacher={values['teacher']}", *options)
+        if not is_finished(*where):
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+            more = (f"--seed={seed}", f"--out_dir={directory}")
+            call(directory, "w", "train.py", *arguments_of(variant), *more)
+        if not is_scored(directory, teachers[variant]):
+            more = ("--tasks=", f"--out_dir={directory}", f"--data={given[variant]['data']}")
+            call(directory, "a", "tools/evaluate.py", f"--teacher={teachers[variant]}", *more)
     results = {name: [] for name in variants}
     for (variant, _), where in runs.items():
         if is_finished(*where):
