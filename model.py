@@ -370,9 +370,11 @@ def log_sum_exp(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     top = z.detach().amax(-1, keepdim=True)
     exponentials = (z - top).exp()
-    # By groups of up to 32 in float32 first: a float64 sum of all takes a CPU longer than their exponentials.
-    groups = exponentials.unflatten(-1, (math.gcd(z.shape[-1], 32), -1)).sum(-2)
-    total = groups.sum(-1, keepdim=True, dtype=torch.float64)
+    total = exponentials.sum(-1, keepdim=True)
+    # What this sum was rounded by. (A float64 sum of all takes a CPU longer than everything else here.)
+    parts = [part.sum(-1, keepdim=True) for part in exponentials.detach().chunk(16, -1)]
+    exact = torch.cat(parts, -1).sum(-1, keepdim=True, dtype=torch.float64)
+    total = total + (exact - total).detach()
     return exponentials, total, (total.log() + top)[:, 0]
 
 
