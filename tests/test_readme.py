@@ -128,7 +128,7 @@ def test_commands_run(fresh):
             arguments_of(command), cwd=fresh, env=environment, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        print(f"{time.perf_counter() - begun:5.1f} s  {command}")  # shown by pytest -s
+        print(f"{time.perf_counter() - begun:5.1f} s  {command}")  # shown by pytest -s -n0
     assert (fresh / "student/model.safetensors").is_file()
 
 
