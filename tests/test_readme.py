@@ -67,6 +67,7 @@ NOT_RUN = {
     "torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py config/sft_1_5b.py": GPUS,
     'pip install "lm-eval[hf]"': INSTALL,
     "python llama.cpp/convert_hf_to_gguf.py": "needs llama.cpp's sources; tools/README.md says what was run",
+    "lm_eval --confirm_run_unsafe_code": "needs a run on GPUs, and downloads its tasks",
     "python tools/evaluate.py --out_dir=out/lrc_1_5b": "needs a run on GPUs",
     "lm_eval --model hf": "needs a run on GPUs, and downloads its tasks; tests/test_lm_eval.py runs it",
     "python -m pytest tests/test_model.py": "it is a part of this test run",
