@@ -139,7 +139,7 @@ def read_value(text: str, allowed):
     """The value of --name=text: a Python literal where that is of the allowed type, else the text itself."""
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
     try:
         accept(value, allowed)

@@ -357,7 +357,10 @@ def make_tokenizer_portable(file: Path) -> None:
 
 
 def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    save_file(tensors, file, metadata={"format": "pt"})
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file} could not be written: {error}") from None
     # safetensors lets only the owner read what it writes
     shutil.copymode(file.with_name("config.json"), file)
 
@@ -399,6 +402,7 @@ def save_clone(
         "teacher_absolute": str(Path(teacher).resolve()),
         "teacher_fingerprint": teacher_fingerprint or fingerprint(clone.teacher),
         "tokenizer": tokenizer,
+        "tokenizer_absolute": tokenizer and str(Path(tokenizer).resolve()),
         "clone": dataclasses.asdict(clone.student_config),
     }
     write_json(path / "config.json", config)
@@ -414,9 +418,13 @@ def clone_directories(path: Path, teacher: str | None = None) -> tuple[str, str]
     if teacher is None:
         was = config["teacher"]
         raise ValueError(f"{path}: its teacher {was} is not there; say where with --teacher=DIR")
-    if config["tokenizer"] != config["teacher"] and Path(config["tokenizer"]).is_dir():
-        return teacher, config["tokenizer"]
-    return teacher, teacher
+    if config["tokenizer"] == config["teacher"]:
+        return teacher, teacher
+    places = (config["tokenizer"], config.get("tokenizer_absolute") or config["tokenizer"])
+    tokenizer = next((place for place in places if Path(place).is_dir()), None)
+    if tokenizer is None:
+        raise ValueError(f"{path}: its tokenizer {config['tokenizer']} is not there; put it back")
+    return teacher, tokenizer
 
 
 def read_student_config(path: Path) -> StudentConfig:
@@ -614,11 +622,14 @@ def write_model_card(path: Path, name: str, student: Llama, source: Path, teache
         state = read_json(source / "trainer/state.json")
         run = state["options"]
         training = describe_training(source.parent / "metrics.jsonl", state["step"])
-    made_from = teacher or (run.get("init_from") if run else source)
+    distilled = teacher or run.get("teacher")
+    made_from = distilled or (run.get("init_from") if run else source)
     origin = "Trained from scratch."
     licence = []
     if made_from:
-        kind = "A low-rank clone (https://arxiv.org/abs/2505.12781) of" if teacher else "Made from"
+        kind = "Distilled from" if distilled else "Made from"
+        if teacher:
+            kind = "A low-rank clone (https://arxiv.org/abs/2505.12781) of"
         origin = f"{kind} {Path(made_from).resolve().name}."
         licence = copy_licence(Path(made_from), path)
     options = "".join(f"    {option} = {value!r}\n" for option, value in run.items())

@@ -134,25 +134,40 @@ def break_specials(special: re.Pattern, text: str) -> str:
     return special.sub(lambda match: match[0][0] + CUT + match[0][1:], text)
 
 
-def encode_text(tokenizer: Tokenizer, text: str, special_tokens: bool = False) -> list[int]:
+def puts_space_first(tokenizer: Tokenizer) -> bool:
+    """Whether it puts a space before a text, as those of Llama 2 and Mistral do."""
+    return "".join(tokenizer.encode("a", add_special_tokens=False).tokens).startswith("▁")
+
+
+def encode_text(
+    tokenizer: Tokenizer, text: str, special_tokens: bool = False, goes_on: bool = False
+) -> list[int]:
     """Ids of a text in which special tokens' strings are those tokens, or else text like any other.
 
+    goes_on: the text stands behind another one, so that a tokenizer which puts a space first must not.
     ValueError where the text has half of a surrogate pair, as JSON can.
     """
     text.encode()
     tokenizer.encode_special_tokens = not special_tokens
     ids = []
     for piece in pieces(text):
-        ids += tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+        if goes_on and puts_space_first(tokenizer):
+            # A line end takes the space, and no token reaches over it.
+            line_end, whole = tokenizer.encode_batch_fast(["\n", "\n" + piece], add_special_tokens=False)
+            ids += whole.ids[len(line_end.ids) :]
+        else:
+            ids += tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+        goes_on = True
     tokenizer.encode_special_tokens = False
     return ids
 
 
-def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
+def encode_rendered(tokenizer: Tokenizer, text: str, goes_on: bool = False) -> list[int]:
     """Ids of a rendered chat: special tokens' strings are those tokens, but for those with CUT in them."""
     ids = []
     for part in text.split(CUT):
-        ids += encode_text(tokenizer, part, special_tokens=True)
+        ids += encode_text(tokenizer, part, special_tokens=True, goes_on=goes_on)
+        goes_on = True
     return ids
 
 
@@ -209,10 +224,20 @@ def chat_template(path: str | Path) -> Callable[..., str]:
     # {% generation %} only marks what the assistant says; as an `if` it keeps its whitespace control.
     source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
     source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
-    template = environment.from_string(source)
+    try:
+        template = environment.from_string(source)
+    except Exception as error:  # jinja2 is imported only by need
+        raise ValueError(f"the chat template of {path} is broken: {error}") from None
     fixed = {name: value for name, value in config.items() if name.endswith("_token")}
     fixed |= {"tools": None, "documents": None, "add_generation_prompt": False}
-    return lambda messages, **options: template.render(messages=messages, **fixed | options)
+
+    def render(messages: list[dict], **options) -> str:
+        try:
+            return template.render(messages=messages, **fixed | options)
+        except Exception as error:  # whatever a template does not like about a chat
+            raise ValueError(f"the chat template: {error}") from None
+
+    return render
 
 
 # ---- input: work units, and the rows in them
@@ -443,6 +468,7 @@ class Encoder:
         self.model = load_tokenizer(settings["tokenizer"])
         self.bos_ids, self.eos_id = special_ids(self.model, settings["tokenizer"])
         self.special = special_pattern(self.model)
+        self.puts_space_first = puts_space_first(self.model)
         self.vocab_size = max(self.model.get_vocab().values()) + 1
         self.dtypes = {"tokens": "uint16" if self.vocab_size <= 2**16 else "uint32", "ends": "int64"}
         if settings["sft"]:
@@ -485,16 +511,20 @@ class Encoder:
             if mark:
                 # Up to here the prompt is the same whatever the answer; a turn ends with the token after it.
                 start = len(os.path.commonprefix([piece, before]))  # noqa: RUF071
+                if self.puts_space_first:  # its words begin with their space
+                    start = len(piece[:start].rstrip(" "))
                 text += piece[:start] + MARK + piece[start:] + special + MARK
             else:
                 text += piece + special
         # A turn by itself: no token reaches over its boundary, as none does when it is generated.
         ids = []
         mask = []
+        goes_on = False
         for i, segment in enumerate(text.split(MARK)):
             if self.settings["special_tokens"]:
                 segment = segment.replace(CUT, "")
-            new = encode_rendered(self.model, segment)
+            new = encode_rendered(self.model, segment, goes_on)
+            goes_on = self.special.split(segment)[-1] != ""  # not behind a special token
             ids += new
             mask += [i % 2 == 1] * len(new)
         return "".join(full).replace(CUT, ""), ids, mask
@@ -517,7 +547,7 @@ class Encoder:
             score = lookup(row, settings["score_key"])
             if not isinstance(score, int | float):
                 raise ValueError(f"no number under {settings['score_key']}")
-            if score < settings["min_score"]:
+            if not score >= settings["min_score"]:  # a NaN is not
                 return None
 
         turns = row.get("messages") or row.get("conversations")
@@ -741,6 +771,8 @@ def write_shards(
         raise ValueError(f"{out} exists and is no shard directory; remove it or choose another --out")
     if not 0 <= heldout_fraction < 1:
         raise ValueError(f"heldout_fraction is {heldout_fraction}; it must be from 0 to below 1")
+    if max_bad < 0 or num_workers < 0:
+        raise ValueError(f"max_bad is {max_bad}, num_workers {num_workers}; they must be at least 0")
     if unit_bytes < 1 or seq_len < 2:
         raise ValueError(f"unit_bytes is {unit_bytes}, seq_len {seq_len}; they must be at least 1 and 2")
     files = find_files(settings["input"])

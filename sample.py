@@ -55,8 +55,8 @@ from prepare import (
 
 
 def pick(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator) -> torch.Tensor:
-    """One token id a row of logits [B, V], float32; temperature 0 is greedy."""
-    if temperature == 0:
+    """One token id a row of logits [B, V], float32; a temperature of 0, or next to it, is greedy."""
+    if temperature < 1e-4:
         return logits.argmax(-1)
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
@@ -127,10 +127,10 @@ def generate(
 class Streamer:
     """Turns token ids into text as they come, holding back bytes of a character that is not whole yet."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, prompt: list[int]):
         self.tokenizer = tokenizer
-        self.ids = []
-        self.length = 0  # of the text so far
+        self.ids = prompt[-8:]  # some decoders take the space from a text's first word
+        self.length = len(tokenizer.decode(self.ids, skip_special_tokens=False))  # of the text so far
 
     def add(self, token: int) -> str:
         self.ids.append(token)
@@ -163,17 +163,19 @@ def encode_chat(tokens, render, messages: list[dict]) -> list[int]:
 
 def stream(llama: Llama, tokens, ids: list[int], seed: int, stop_ids: tuple[int, ...]) -> list[int]:
     """Prints the continuation of ids as it comes and returns it; in a chat, Ctrl-C only ends it."""
-    streamer = Streamer(tokens)
+    streamer = Streamer(tokens, ids)
+    new = []
     try:
         steps = generate(llama, [ids], max_new_tokens, temperature, top_k, top_p, seed, stop_ids)
         for (token,) in steps:
             if token is not None:
+                new.append(token)
                 print(streamer.add(token), end="", flush=True)
     except KeyboardInterrupt:
         if not chat:
             raise
     print()
-    return streamer.ids
+    return new
 
 
 def converse(llama: Llama, tokens, render, stop_ids: tuple[int, ...]) -> None:

@@ -381,6 +381,12 @@ def open_data(vocab_size: int, tokenizer_dir: str | None) -> tuple[Mixture, Mixt
             raise ValueError(f"{shards.path} has {size} token ids (of {name}); the model has {vocab_size}")
         if vocabulary and shards.meta["vocabulary_hash"] != vocabulary:
             raise ValueError(f"{shards.path} is by {name}, whose vocabulary is not {tokenizer_dir}'s")
+        longest = shards.meta["settings"]["seq_len"]
+        if sft and longest > seq_len:
+            raise ValueError(
+                f"{shards.path} has rows of up to {longest} tokens, more than seq_len, {seq_len}: train with "
+                f"--seq_len={longest}, or prepare the data anew with --seq_len={seq_len}"
+            )
     if not (eval_every or eval_only):
         return train_data, None
     return train_data, Mixture(dict.fromkeys(sources), "heldout", seq_len, 0, sft)
@@ -646,8 +652,8 @@ def print_samples(path: Path, tokenizer_dir: str, prompt: str) -> None:
     ids = bos + encode_text(tokens, prompt)
     for name, llama in speakers.items():
         new = [token for (token,) in generate(llama, [ids], 64, 0.8, top_p=0.9, seed=1, stop_ids=(eos,))]
-        text = tokens.decode([token for token in new if token is not None])
-        print(f"\n--- {name}\n{prompt}{text}")
+        whole = tokens.decode(ids + [token for token in new if token is not None])
+        print(f"\n--- {name}\n{prompt}{whole[len(tokens.decode(ids)) :]}")  # with its first space
 
 
 # ---- checkpoints
@@ -717,7 +723,9 @@ def save_checkpoint(
     if RANK == 0:
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
-        for old in convert.checkpoints(out_dir)[: -max(1, keep_last)]:
+        # One of a later step could not be read when the run was resumed.
+        ours = [saved for saved in convert.checkpoints(out_dir) if saved.name <= path.name]
+        for old in ours[: -max(1, keep_last)]:
             shutil.rmtree(old)
     barrier()  # no rank goes on, or ends, before the name is there
     return path
@@ -897,6 +905,8 @@ def main() -> None:
     if not (resume or restarted or eval_only) and (found or (log_file.exists() and save_every)):
         raise ValueError(f"{out_dir} holds a run: go on with --resume=True, or choose another --out_dir")
     last = convert.newest_whole(found) if resume or restarted else None
+    if found and last is None and (resume or restarted):
+        raise ValueError(f"no checkpoint of {out_dir} can be read: choose another --out_dir to begin anew")
     state = read_state(last) if last else {"step": 0, "optimizer_steps": 0}
     start = state["step"]
 

@@ -215,6 +215,27 @@ def test_all_files_of_an_export_have_one_mode(tmp_path, monkeypatch):
     assert len(files) > 4 and {file.stat().st_mode & 0o777 for file in files} == {0o640}
 
 
+def test_the_card_of_free_weights_names_their_teacher(tmp_path):
+    """Its checkpoint is a plain model, whose run says what taught it and whose licence it has."""
+    teacher = tmp_path / "teacher"
+    step = tmp_path / "run/step_00000020"
+    (step / "trainer").mkdir(parents=True)
+    teacher.mkdir()
+    (teacher / "LICENSE").write_text("the licence")
+    student = save_teacher(tmp_path / "student", model_type="llama")
+    for options, words in (
+        ({"teacher": str(teacher), "init_from": None}, "Distilled from teacher."),
+        ({"teacher": None, "init_from": str(teacher)}, "Made from teacher."),
+        ({"teacher": None, "init_from": None}, "Trained from scratch."),
+    ):
+        (step / "trainer/state.json").write_text(json.dumps({"step": 20, "options": options}))
+        out = tmp_path / words
+        out.mkdir()
+        convert.write_model_card(out, "student", student, step, None)
+        assert words in (out / "README.md").read_text()
+        assert (out / "LICENSE").exists() == ("teacher" in words)
+
+
 def test_model_card(tmp_path, monkeypatch):
     """Of a clone in a run, whose log goes on after the checkpoint and is cut short."""
     run = tmp_path / "run"

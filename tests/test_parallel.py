@@ -265,6 +265,26 @@ def test_an_unreadable_checkpoint_is_passed_over(file, work, teacher, corpus, al
     assert all(torch.equal(w, last_weights(alone)[name]) for name, w in last_weights(out).items())
 
 
+def test_a_run_without_a_readable_checkpoint_is_left_as_it_is(work, teacher, corpus, alone):
+    out = work / "all_damaged"
+    shutil.copytree(alone, out)
+    for path in out.glob("step_*"):
+        (path / "config.json").unlink()
+    before = sorted(out.rglob("*")), (out / "metrics.jsonl").read_text()
+    output = train(1, *clone_options(teacher, corpus, out, *STEADY), "--resume=True", code=1)
+    assert f"error: no checkpoint of {out} can be read" in output
+    assert (sorted(out.rglob("*")), (out / "metrics.jsonl").read_text()) == before
+
+
+def test_saves_outlive_a_later_checkpoint_that_is_damaged(work, teacher, corpus, alone):
+    out = work / "later_damaged"
+    shutil.copytree(alone, out)
+    (out / "step_00000020/config.json").unlink()
+    more = ("--resume=True", "--save_every=5", "--keep_last=1", "--max_steps=15")
+    train(1, *clone_options(teacher, corpus, out, *STEADY), *more)
+    assert [path.name for path in sorted(out.glob("step_*"))] == ["step_00000015", "step_00000020"]
+
+
 SIGNS = """
 import os, runpy, sys
 sys.path.insert(0, os.getcwd())

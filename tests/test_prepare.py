@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer
 
 import prepare
+import sample
 from prepare import Mixture, Shards, permute, write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -439,6 +440,7 @@ def test_refusals_are_one_line(tmp_path, monkeypatch):
         ([f"--input={tmp_path}/a.*", "--min_score=1"], "a.txt is plain text: it has no scores"),
         ([f"--input={tmp_path}/a.parquet", "--text_key=body"], "no column body, messages or conversations"),
         ([f"--input={source}", "--sft=True"], "has no chat template"),
+        ([f"--input={source}", "--num_workers=-1"], "num_workers -1; they must be at least 0"),
         ([f"--input={source}", "--heldout_fraction=1.0"], "must be from 0 to below 1"),
         ([f"--inspect={tmp_path}"], "has no meta.json"),
         ([f"--input={tmp_path}/empty.txt"], "the input holds no text to train on: 1 files"),
@@ -759,6 +761,58 @@ def test_sft_trains_on_the_assistants_turns_and_nothing_else(family, real, tmp_p
     for column in ("tokens", "ends"):
         packed, sft = (arrays_of(tmp_path / name, column) for name in ("packed", "sft"))
         assert all(np.array_equal(a, b) for a, b in zip(packed, sft, strict=True))
+
+
+LLAMA2 = """{% for m in messages %}{% if m.role == 'user' %}{{ '<s>[INST] ' + m.content + ' [/INST]' }}\
+{% else %}{{ ' ' + m.content + ' </s>' }}{% endif %}{% endfor %}"""
+
+
+def sentencepiece_tokenizer(path):
+    """One as Llama 2 and Mistral have it: it puts a space before a text, and its decoder takes it away."""
+    characters = [chr(i) for i in range(33, 127)]
+    merges = [("▁", "H"), ("H", "i"), ("▁H", "i"), ("▁", "y")]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *characters]
+    vocabulary = {name: i for i, name in enumerate([*names, *map("".join, merges)])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<s>", "</s>")])
+    path.mkdir()
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": LLAMA2}))
+    return tokenizer
+
+
+def test_a_tokenizer_that_puts_a_space_first(tmp_path, monkeypatch):
+    """It puts one where a text or what follows a special token begins, and not where ours is cut."""
+    tokenizer = sentencepiece_tokenizer(tmp_path / "tokenizer")
+    chats = [
+        [("user", "Hi Hi"), ("assistant", "Hi you")],
+        [("user", "a"), ("assistant", "y"), ("user", "Hi"), ("assistant", "\nHi")],
+    ]
+    source = write_chats(tmp_path / "chats.jsonl", chats)
+    prepared(source, tmp_path / "sft", sft=True, tokenizer=tmp_path / "tokenizer", heldout_fraction=0)
+    rows, masks = (documents_of(tmp_path / "sft", column) for column in ("tokens", "mask"))
+    render = prepare.chat_template(tmp_path / "tokenizer")
+    for tokens, mask, chat in zip(rows, masks, chats, strict=True):
+        messages = [{"role": role, "content": content} for role, content in chat]
+        whole = tokenizer.encode(render(messages), add_special_tokens=False).ids
+        assert tokens.tolist() == whole
+        # What is generated goes on behind the prompt's last token.
+        prompt = sample.encode_chat(tokenizer, render, messages[:1])
+        assert tokens[: len(prompt)].tolist() == prompt
+        assert not mask[: len(prompt)].any() and mask[len(prompt)] == 1
+    assert [tokenizer.id_to_token(i) for i in rows[0][masks[0] == 1]][:2] == ["▁Hi", "▁y"]
+
+    text = "Hi you\n" * 40
+    expected = tokenizer.encode(text, add_special_tokens=False).ids
+    monkeypatch.setattr(prepare, "PIECE", 50)
+    assert prepare.encode_text(tokenizer, text) == expected
+
+    streamer = sample.Streamer(tokenizer, tokenizer.encode("Hi", add_special_tokens=False).ids)
+    assert "".join(map(streamer.add, tokenizer.encode("y Hi", add_special_tokens=False).ids)) == " y Hi"
 
 
 def test_sft_rows_are_cut_at_seq_len_and_stay_in_one_shard(tmp_path):

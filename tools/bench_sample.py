@@ -1,6 +1,6 @@
 """Decoding speed: sample.py's generate against transformers' on the same model, greedy, float32.
 
-    python tools/bench_sample.py                                       # the bundled 5M teacher
+    python tools/bench_sample.py                                       # the bundled teacher
     python tools/bench_sample.py models/SmolLM2-135M-Instruct --compile
 
 Rounds of the two alternate and the fastest of each counts, so that a busy machine slows both alike.

@@ -52,7 +52,7 @@ def main() -> None:
     train_data, heldout = train.open_data(model.config.vocab_size, train.tokenizer_directory())
     train.start_weights(model, train_data, None, device)
     seconds = time.perf_counter() - began
-    values = train.evaluate(model, heldout, device)
+    values = train.evaluate(model, heldout, device) if heldout else {}
 
     student = model.merge()
     partial = target.with_name(target.name + ".partial")

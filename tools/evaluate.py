@@ -143,6 +143,13 @@ def check_options() -> None:
         raise ValueError('lm_eval is not installed: pip install "lm-eval[hf]" (or --tasks= goes without it)')
 
 
+def settings_of(checkpoint: Path) -> dict:
+    settings = {name: globals()[name] for name in SETTINGS}
+    if teacher and not convert.is_clone(checkpoint):  # a clone says itself what its teacher is
+        settings["teacher"] = teacher
+    return json.loads(json.dumps(settings))  # as they are read: a tuple is a list
+
+
 def main() -> None:
     check_options()
     device_used = choose_device(device)
@@ -150,16 +157,14 @@ def main() -> None:
     if not checkpoints:
         raise ValueError(f"{out_dir} has no checkpoint (step_*)")
     file = Path(out_dir) / "results.jsonl"
-    settings = {name: globals()[name] for name in SETTINGS}
-    settings = json.loads(json.dumps(settings))  # as they are read: a tuple is a list
-    results = read_results(file)
-    done = {line["checkpoint"] for line in results if line.get("settings") == settings}
+    done = [(line["checkpoint"], line.get("settings")) for line in read_results(file)]
     for checkpoint in (bar := tqdm(checkpoints, desc="checkpoints", unit="checkpoint")):
         bar.set_postfix_str(checkpoint.name)
-        if checkpoint.name in done:
-            bar.write(f"{checkpoint.name} is in {file}")
-            continue
         if convert.newest_whole([checkpoint]) is None:
+            continue
+        settings = settings_of(checkpoint)
+        if (checkpoint.name, settings) in done:
+            bar.write(f"{checkpoint.name} is in {file}")
             continue
         line = {"checkpoint": checkpoint.name, "step": int(checkpoint.name[5:]), "settings": settings}
         if data is not None:
