@@ -409,8 +409,11 @@ def save_clone(
     write_tensors(tensors, path / "model.safetensors")
 
 
-def clone_directories(path: Path, teacher: str | None = None) -> tuple[str, str]:
-    """Where the teacher and the tokenizer of a clone are now; teacher: its directory, where it has moved."""
+def clone_directories(path: Path, teacher: str | None = None) -> tuple[str, str | None]:
+    """Where the teacher and the tokenizer of a clone are now; teacher: its directory, where it has moved.
+
+    None where a tokenizer that is not the teacher's is gone.
+    """
     config = read_json(path / "config.json")
     if teacher is None:
         places = (config["teacher"], config["teacher_absolute"])
@@ -421,10 +424,7 @@ def clone_directories(path: Path, teacher: str | None = None) -> tuple[str, str]
     if config["tokenizer"] == config["teacher"]:
         return teacher, teacher
     places = (config["tokenizer"], config.get("tokenizer_absolute") or config["tokenizer"])
-    tokenizer = next((place for place in places if Path(place).is_dir()), None)
-    if tokenizer is None:
-        raise ValueError(f"{path}: its tokenizer {config['tokenizer']} is not there; put it back")
-    return teacher, tokenizer
+    return teacher, next((place for place in places if Path(place).is_dir()), None)
 
 
 def read_student_config(path: Path) -> StudentConfig:
@@ -473,7 +473,13 @@ def load_checkpoint(path: Path, teacher: str | None = None) -> Llama | LowRankCl
 
 def tokenizer_directory(path: Path, teacher: str | None = None) -> str:
     """Where the tokenizer of a clone's checkpoint (or Hugging Face directory) is now."""
-    return clone_directories(path, teacher)[1] if is_clone(path) else str(path)
+    if not is_clone(path):
+        return str(path)
+    tokenizer = clone_directories(path, teacher)[1]
+    if tokenizer is None:
+        was = read_json(path / "config.json")["tokenizer"]
+        raise ValueError(f"{path}: its tokenizer {was} is not there; put it back")
+    return tokenizer
 
 
 def has_projections(path: Path) -> bool:
@@ -502,6 +508,19 @@ def save_weights(
         write_tensors(others, path / PROJECTIONS_FILE)
 
 
+def refuse_another_clone(path: Path, model: LowRankClone) -> None:
+    """ValueError where a clone's checkpoint is of another teacher or of other layers than the model."""
+    if read_json(path / "config.json")["teacher_fingerprint"] != fingerprint(model.teacher):
+        raise ValueError(f"{path} was trained with another teacher than this one (the weights differ)")
+    saved = read_student_config(path)
+    layers = saved.student_layers or tuple(range(len(model.teacher.layers)))
+    if (layers, saved.student_rms_norm_eps) != (model.kept, model.config.rms_norm_eps):
+        raise ValueError(
+            f"{path} has the teacher's layers {layers} and a norm eps of {saved.student_rms_norm_eps}, not "
+            f"{model.kept} and {model.config.rms_norm_eps}"
+        )
+
+
 @torch.no_grad()
 def load_weights(path: Path, model: Llama | LowRankClone) -> None:
     """Sets a model's own weights from a checkpoint or Hugging Face directory that must fit it exactly."""
@@ -518,6 +537,8 @@ def load_weights(path: Path, model: Llama | LowRankClone) -> None:
         saved = "a clone" if is_clone(path) else "a plain model"
         wanted = f"a clone (train={model.student_config.train})" if clone else "a plain model"
         raise ValueError(f"{path} is {saved}; this run trains {wanted}")
+    if is_clone(path):
+        refuse_another_clone(path, model)
     own = dict(model.own_state() if clone else model.named_parameters())
     files = weight_files(path)
     if is_clone(path):
@@ -531,10 +552,12 @@ def load_weights(path: Path, model: Llama | LowRankClone) -> None:
     ignored = () if "lm_head.weight" in names else ("lm_head.weight",)
     tensors = read_tensors(files, expected, ignored)
     others = [name for name in own if not is_clone(path) and name not in names.values()]
-    if has_projections(path):
+    if others and has_projections(path):
         shapes = {name: tuple(own[name].shape) for name in others}
         tensors |= read_tensors([path / PROJECTIONS_FILE], shapes)
-    else:  # of a student as wide as its teacher: the two streams are compared as they are
+    elif others:  # of a student as wide as its teacher: the two streams are compared as they are
+        if any(own[name].dim() != 2 or own[name].shape[0] != own[name].shape[1] for name in others):
+            raise ValueError(f"{path} lacks {others[0]} and the like, by which clone losses compare it")
         tensors |= {name: torch.eye(len(own[name])) for name in others}
     for theirs, tensor in tensors.items():
         own[names.get(theirs, theirs)].copy_(tensor)

@@ -2,7 +2,7 @@
 
     teacher = convert.load_model("models/Llama-3.2-3B-Instruct")     # a Hugging Face directory -> Llama
     clone = LowRankClone(teacher, student_config, loss_config)       # trains projections and norms, or more
-    weights = clone.compose()                                        # the student's, once a step
+    weights = clone()                                                # the student's, once a step
     losses = clone.loss(ids, labels, weights)                        # {"loss", "lm", "kl", "clone", "terms"}
     student = clone.merge()                                          # an ordinary, smaller Llama
 
@@ -145,6 +145,14 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(turned, halves, cos[..., None, :]).flatten(-2).to(x.dtype)
 
 
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A numpy array on the device, the copy not waited for."""
+    tensor = torch.as_tensor(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def document_layout(documents: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor | tuple]:
     """(positions [B, 1, T], what `attention` takes as mask), both restarting where documents [B, T] change.
 
@@ -156,12 +164,12 @@ def document_layout(documents: np.ndarray, device: torch.device) -> tuple[Tensor
     begins = np.ones((rows, length), bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
     starts = np.maximum.accumulate(np.where(begins, order, 0), axis=1)
-    positions = torch.from_numpy(order - starts)[:, None].to(device, non_blocking=True)
+    positions = to_device((order - starts)[:, None], device)
     if device.type == "cuda":
         bounds = np.append(np.flatnonzero(begins), documents.size).astype(np.int32)
-        return positions, (torch.from_numpy(bounds).to(device, non_blocking=True), length)
+        return positions, (to_device(bounds, device), length)
     mask = (starts[:, :, None] == starts[:, None, :]) & (order[:, None] >= order)
-    return positions, torch.from_numpy(mask)[:, None].to(device)
+    return positions, to_device(mask[:, None], device)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
@@ -610,24 +618,25 @@ def clone_losses(
     weight they project. teacher: the teacher's weights of the layer. A new term is a line here; its name must
     be one of block's activations where clone_scale="teacher" is to scale it.
     """
+    skip = loss_config.clone_skip
     pairs = {}  # (student's, teacher's) or (student's, teacher's, the projection of the teacher's)
-    if student_config.share_qkv:
-        pairs["attn_in"] = (F.linear(s["attn_in"], p["q"]), t["attn_in"])
-    else:
+    if not student_config.share_qkv:
         pairs |= {name: (s[name], t[name]) for name in ("q", "k", "v")}
+    elif "attn_in" not in skip:
+        pairs["attn_in"] = (F.linear(s["attn_in"], p["q"]), t["attn_in"])
     if loss_config.clone_attn_out == "student":
         pairs["attn_out"] = (s["attn_out"], t["attn_out"], p.get("o"))
-    else:
+    elif "attn_out" not in skip:
         pairs["attn_out"] = (F.linear(s["attended"], teacher["o"], teacher.get("o_bias")), t["attn_out"])
-    if student_config.share_gate_up:
-        pairs["mlp_in"] = (F.linear(s["mlp_in"], p["gate"]), t["mlp_in"])
-    else:
+    if not student_config.share_gate_up:
         pairs |= {name: (s[name], t[name]) for name in ("gate", "up")}
+    elif "mlp_in" not in skip:
+        pairs["mlp_in"] = (F.linear(s["mlp_in"], p["gate"]), t["mlp_in"])
     if loss_config.clone_mlp_out == "student":
         pairs["mlp_out"] = (s["mlp_out"], t["mlp_out"], p.get("down"))
-    else:
+    elif "mlp_out" not in skip:
         pairs["mlp_out"] = (gated_linear(s["gate"], s["up"], teacher["down"]), t["mlp_out"])
-    return {name: mse(*pair) for name, pair in pairs.items() if name not in loss_config.clone_skip}
+    return {name: mse(*pair) for name, pair in pairs.items() if name not in skip}
 
 
 class MeanSquaredError(torch.autograd.Function):
@@ -865,7 +874,11 @@ class LowRankClone(nn.Module):
         # Which layer of the teacher stands beside each of the student's.
         self.kept = student.student_layers or tuple(range(self.config.num_hidden_layers))
         self.mean_squares = None  # {activation: [layers]} of the teacher, from calibrate
-        self.layers = nn.ModuleList(StudentLayer(d_t, self.config, student, losses) for _ in self.kept)
+        skipped = losses.clone_skip_layers if losses else ()
+        self.layers = nn.ModuleList(
+            StudentLayer(d_t, self.config, student, None if j in skipped else losses)
+            for j in range(len(self.kept))
+        )
         d_s = self.config.hidden_size
         vocabulary = self.config.vocab_size
         self.norm = nn.Parameter(torch.empty(d_s))

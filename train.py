@@ -161,7 +161,13 @@ def start_device() -> torch.device:
     """This process's device, its process group begun under torchrun."""
     chosen = choose_device(device)
     if chosen.type == "cuda":
-        chosen = torch.device("cuda", chosen.index or int(os.environ.get("LOCAL_RANK", 0)))
+        index = chosen.index or int(os.environ.get("LOCAL_RANK", 0))
+        gpus = torch.cuda.device_count()
+        if index >= gpus:
+            raise ValueError(
+                f"process {index} here has no GPU of its own, there are {gpus}: see --nproc_per_node"
+            )
+        chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
     if WORLD_SIZE == 1:
         return chosen
@@ -180,12 +186,6 @@ def start_device() -> torch.device:
 
 def dtype_on(device: torch.device) -> torch.dtype:
     return getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-
-
-def to_device(array, device: torch.device) -> torch.Tensor:
-    """A numpy array on the device, the copy not waited for."""
-    tensor = torch.as_tensor(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -321,39 +321,46 @@ def build_model(compute_dtype: torch.dtype) -> models.LowRankClone | models.Llam
     """The clone or the plain LM that the options describe, its own weights not yet set."""
     source = convert.resolve(init_from) if init_from else None
     from_plain = source is not None and not convert.is_clone(source)
+    base = base_shape()
     if teacher is None:
-        return build_plain_model(source, compute_dtype)
-    frozen = load_teacher(compute_dtype)
-    student = student_config(len(frozen.layers))
+        return models.Llama(base, compute_dtype)
+    # What does not fit is refused before the teacher is loaded.
     losses = loss_config()
-    shape = None
+    student = student_config(base.num_hidden_layers)
     if from_plain and (eval_only or (train == "weights" and not convert.has_projections(source))):
         # Any model with the vocabulary is a student; what a run here left is as its options say.
         shape = convert.read_config(source)
-        if shape.vocab_size != frozen.config.vocab_size:
-            sizes = f"{shape.vocab_size} tokens; the teacher has {frozen.config.vocab_size}"
+        if shape.vocab_size != base.vocab_size:
+            sizes = f"{shape.vocab_size} tokens; the teacher has {base.vocab_size}"
             raise ValueError(f"{source} has {sizes}: a student needs the teacher's vocabulary")
         student = dataclasses.replace(
             student, train="weights", share_qkv=False, share_gate_up=False, student_intermediate_size=None
         )
-        reasons = models.terms_without_equal_shapes(frozen.config, shape, student, losses)
+        if student.student_layers and len(student.student_layers) != shape.num_hidden_layers:
+            student = dataclasses.replace(student, student_layers=None)
+        reasons = models.terms_without_equal_shapes(base, shape, student, losses)
         losses = dataclasses.replace(losses, clone_skip=(*clone_skip, *reasons))
         if reasons and clone_weight and not eval_only:
             print0(f"clone terms left out: {', '.join(f'{name} ({why})' for name, why in reasons.items())}")
-    clone = models.LowRankClone(frozen, student, losses, shape)
-    if not set(clone_skip_layers) <= set(range(len(clone.layers))):
-        raise ValueError(f"clone_skip_layers is {clone_skip_layers}; the student has {len(clone.layers)}")
-    return clone
+    else:
+        shape = models.student_shape(base, student)
+    if not set(clone_skip_layers) <= set(range(shape.num_hidden_layers)):
+        raise ValueError(
+            f"clone_skip_layers is {clone_skip_layers}; the student has {shape.num_hidden_layers}"
+        )
+    return models.LowRankClone(load_teacher(compute_dtype), student, losses, shape)
 
 
-def build_plain_model(source: Path | None, compute_dtype: torch.dtype) -> models.Llama:
-    if isinstance(model_config, dict):
-        return models.Llama(convert.from_hf(model_config, "model_config"), compute_dtype)
-    if model_config is None and source is None:
+def base_shape() -> models.ModelConfig:
+    """The teacher's, or the plain model's where there is no teacher."""
+    shape = teacher or model_config or (convert.resolve(init_from) if init_from else None)
+    if shape is None:
         raise ValueError(
             "teacher is None, so a plain LM is trained: give model_config, its shape, or init_from"
         )
-    return models.Llama(convert.read_config(model_config or source), compute_dtype)
+    if isinstance(shape, dict):
+        return convert.from_hf(shape, "teacher" if teacher else "model_config")
+    return convert.read_config(shape)
 
 
 def tokenizer_directory() -> str | None:
@@ -406,7 +413,7 @@ def start_weights(model, train_data: Mixture, checkpoint_path: Path | None, devi
     covariance = None
     if is_clone:
         # The same tokens on any number of processes, and when resumed.
-        ids = to_device(train_data.batch(0, max(1, calibration_tokens // seq_len)).ids, device)
+        ids = models.to_device(train_data.batch(0, max(1, calibration_tokens // seq_len)).ids, device)
         if needs_calibration():
             covariance = model.calibrate(show(ids, desc="calibrating", unit="block"))
     if checkpoint_path is not None:
@@ -461,7 +468,7 @@ def make_optimizer(model) -> torch.optim.AdamW | MuonAndAdamW:
     for name, p in trained_parameters(model).items():
         decay = weight_decay if p.ndim > 1 else 0.0
         rate = 1.0
-        if free_learning_rate is not None and models.is_free(name):
+        if free_learning_rate is not None and teacher is not None and models.is_free(name):
             rate = free_learning_rate / learning_rate
         group = {"params": [], "weight_decay": decay, "rate": rate}
         kind = "muon" if is_for_muon(name, p) else "adamw"
@@ -515,8 +522,8 @@ def forward(model, weights, blocks, first: int, count: int, whole: int, labels: 
     labels/NAME, their number.
     """
     batch = blocks.batch(first, count)
-    ids = to_device(batch.ids, device)
-    targets = to_device(batch.labels, device)
+    ids = models.to_device(batch.ids, device)
+    targets = models.to_device(batch.labels, device)
     if mask_documents:
         options["documents"] = models.document_layout(batch.documents, device)
     losses = model.loss(ids, targets, weights, num_labels=labels, share=count / whole, **options)
@@ -526,11 +533,14 @@ def forward(model, weights, blocks, first: int, count: int, whole: int, labels: 
         metrics[f"clone_{name}"] = values.detach()
     sources = getattr(blocks, "sources", ())
     if len(sources) > 1:
-        source_of = to_device(batch.source, device)[:, None]
-        for index, source in enumerate(sources):
+        source_of = models.to_device(batch.source, device)[:, None]
+        names = [source.path.name for source in sources]
+        if len(set(names)) < len(names):
+            names = [str(source.path) for source in sources]
+        for index, name in enumerate(names):
             counted = (source_of == index) & (targets != -100)
-            metrics[f"lm/{source.path.name}"] = (losses["token_lm"] * counted).sum()
-            metrics[f"labels/{source.path.name}"] = counted.sum()
+            metrics[f"lm/{name}"] = (losses["token_lm"] * counted).sum()
+            metrics[f"labels/{name}"] = counted.sum()
     return losses["loss"], metrics
 
 
@@ -618,7 +628,7 @@ def evaluate(model, heldout: Mixture, device: torch.device) -> dict:
     result = averages(sums, 1)
     if clone:
         ids = heldout.batch(0, min(2, blocks)).ids
-        result |= model.effective_ranks(to_device(ids, device), weights)
+        result |= model.effective_ranks(models.to_device(ids, device), weights)
     reshard_root(model)
     return {f"val_{name}": value for name, value in result.items() if name != "loss"}
 
@@ -665,10 +675,10 @@ TRAJECTORY = (
     "global_batch_size", "mask_documents", "sft", "seed", "optimizer",
 )  # fmt: skip
 
-# options of the learning rate, which a resumed run may change
+# options of the learning rate and the loss, which a resumed run may change, but not without a word
 SCHEDULE = (
     "max_steps", "epochs", "learning_rate", "free_learning_rate", "lr_schedule", "warmup_ratio",
-    "decay_ratio",
+    "decay_ratio", *(field.name for field in dataclasses.fields(models.LossConfig)),
 )  # fmt: skip
 
 
@@ -742,8 +752,9 @@ def read_state(path: Path) -> dict:
         if saved != now:
             raise ValueError(f"{path} has {name} = {saved!r}, not {now!r}; a resumed run must keep it")
     for name in SCHEDULE:
-        if name in state["options"] and state["options"][name] != options[name]:
-            print0(f"{name} was {state['options'][name]} and is {options[name]} from here on")
+        now = json.loads(json.dumps(options[name]))
+        if state["options"].get(name, now) != now:
+            print0(f"{name} was {state['options'][name]} and is {now} from here on")
     return state
 
 
@@ -862,7 +873,8 @@ def check_options() -> None:
             if value is not None and not is_right(value):
                 raise ValueError(f"{name} is {value}; it must be {allowed}")
 
-    counts = "seq_len global_batch_size micro_batch_size log_every eval_blocks replicas calibration_tokens"
+    counts = "seq_len global_batch_size micro_batch_size log_every eval_blocks replicas calibration_tokens "
+    counts += "max_bad_steps"
     refuse(counts, lambda value: value >= 1, "at least 1")
     weights = "max_steps save_every eval_every lm_weight kl_weight clone_weight weight_decay max_grad_norm"
     refuse(weights, lambda value: value >= 0, "at least 0")
@@ -904,16 +916,17 @@ def main() -> None:
     log_file = Path(out_dir) / "metrics.jsonl"
     if not (resume or restarted or eval_only) and (found or (log_file.exists() and save_every)):
         raise ValueError(f"{out_dir} holds a run: go on with --resume=True, or choose another --out_dir")
-    last = convert.newest_whole(found) if resume or restarted else None
-    if found and last is None and (resume or restarted):
+    goes_on = bool(found) and (resume or restarted) and not eval_only
+    last = convert.newest_whole(found) if goes_on else None
+    if goes_on and last is None:
         raise ValueError(f"no checkpoint of {out_dir} can be read: choose another --out_dir to begin anew")
     state = read_state(last) if last else {"step": 0, "optimizer_steps": 0}
     start = state["step"]
 
     # ---- model, data, optimizer
-    model = build_model(dtype_on(device)).to(device)
     tokenizer_dir = tokenizer_directory()
-    train_data, heldout = open_data(model.config.vocab_size, tokenizer_dir)
+    train_data, heldout = open_data(base_shape().vocab_size, tokenizer_dir)
+    model = build_model(dtype_on(device)).to(device)
     source = last or (convert.resolve(init_from) if init_from else None)
     start_weights(model, train_data, source, device)
     if eval_only:
@@ -1018,7 +1031,7 @@ def main() -> None:
     if start >= steps:
         print0(f"nothing to do: {last} is at step {start} of {steps}")
     elif stopping and done < steps:
-        print0(f"stopped after step {done} of {steps}; go on with --resume=True")
+        print0(f"stopped after step {done} of {steps}{'; go on with --resume=True' if saved else ''}")
     elif RANK == 0:
         print_end(saved, tokenizer_dir, values)
 

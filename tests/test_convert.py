@@ -215,6 +215,18 @@ def test_all_files_of_an_export_have_one_mode(tmp_path, monkeypatch):
     assert len(files) > 4 and {file.stat().st_mode & 0o777 for file in files} == {0o640}
 
 
+def test_a_tokenizer_of_its_own_is_found_by_either_path_or_refused(tmp_path, monkeypatch):
+    clone = save_random_clone(tmp_path / "first", tmp_path / "teacher", model_type="llama")
+    (tmp_path / "tokenizer").mkdir()
+    monkeypatch.chdir(tmp_path)
+    convert.save_clone(clone, tmp_path / "clone", str(tmp_path / "teacher"), "tokenizer")
+    monkeypatch.chdir("teacher")
+    assert convert.tokenizer_directory(tmp_path / "clone") == str(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer").rmdir()
+    with pytest.raises(ValueError, match="its tokenizer tokenizer is not there"):
+        convert.tokenizer_directory(tmp_path / "clone")
+
+
 def test_the_card_of_free_weights_names_their_teacher(tmp_path):
     """Its checkpoint is a plain model, whose run says what taught it and whose licence it has."""
     teacher = tmp_path / "teacher"

@@ -699,7 +699,7 @@ def test_masked_documents_do_not_see_each_other():
 def document_bounds(documents):
     """document_layout as on CUDA, its tensors where this PyTorch can have them."""
     device = types.SimpleNamespace(type="cuda")
-    with patch.object(torch.Tensor, "to", lambda tensor, *arguments, **options: tensor):
+    with patch.object(model, "to_device", lambda array, device: torch.as_tensor(array)):
         return model.document_layout(documents, device)
 
 

@@ -212,7 +212,8 @@ def test_free_weights_go_on_from_clones_and_any_model(work, runs, corpus, teache
     done = run("train.py", *weights_options(teacher, corpus, work / "wrong", start))
     assert done.returncode == 1
     assert "is a student of another shape or of other layers" in done.stderr.splitlines()[-1]
-    options = ("--train=weights", f"--init_from={runs['plain']}", "--max_steps=5")
+    # The layers that these options name are not the model's: it has another number of them.
+    options = ("--train=weights", f"--init_from={runs['plain']}", "--max_steps=5", "--student_layers=(0,)")
     done = succeed("train.py", *clone_options(teacher, corpus, work / "any", *options))
     assert "clone terms left out: q (head_dim 8, not 12)" in done.stdout
     assert "mlp_out (hidden_size 32, not 48)" in done.stdout
@@ -471,8 +472,8 @@ def test_evaluation_only(runs, exported, corpus, teacher):
     shared = (f"--teacher={teacher}", f"--data={corpus}", "--seq_len=32", "--global_batch_size=4",
               "--micro_batch_size=2", "--eval_blocks=3", "--eval_only=True",
               "--student_hidden_size=24")  # fmt: skip
-    expected = metrics(runs["clone"])[-1]
-    for path in (runs["clone"], exported["float32"]):
+    for path in (runs["clone"], exported["float32"], runs["weights"]):
+        expected = metrics(runs["weights" if path == runs["weights"] else "clone"])[-1]
         done = succeed("train.py", *shared, f"--init_from={path}", "--out_dir=none")
         found = json.loads(done.stdout.splitlines()[-1])
         assert found["val_lm"] == pytest.approx(expected["val_lm"], abs=2e-4)
@@ -528,6 +529,7 @@ def test_compile_without_a_compiler_is_refused(work, monkeypatch):
         ("clone_weight", -0.1, "at least 0"),
         ("free_learning_rate", 0.0, "above 0"),
         ("calibration_tokens", 0, "at least 1"),
+        ("max_bad_steps", 0, "at least 1"),
         ("dtype", "float16", "use float32 or bfloat16"),
         ("student_hidden_size", None, "--target_params"),
     ],
@@ -568,7 +570,8 @@ def test_a_resumed_run_says_how_its_schedule_changes(work, runs, teacher, corpus
     out = work / "longer"
     shutil.copytree(runs["clone"], out)
     options = clone_options(teacher, corpus, out, "--resume=True")
-    done = succeed("train.py", *options, "--max_steps=21", "--learning_rate=0.001")
+    done = succeed("train.py", *options, "--max_steps=21", "--learning_rate=0.001", "--lm_weight=0")
+    assert "lm_weight was 1.0 and is 0.0 from here on" in done.stdout
     assert "max_steps was 20 and is 21 from here on" in done.stdout
     assert "learning_rate was 0.003 and is 0.001 from here on" in done.stdout
     assert "at a learning rate of 5.00e-05" in done.stdout  # the last of 20 after the warmup

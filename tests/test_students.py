@@ -14,11 +14,15 @@ KINDS = {
     "both, untied": {"train": "both", "tie_head_projection": False},
     "weights": {"train": "weights"},
     "weights, shared": {"train": "weights", "share_qkv": True, "share_gate_up": True},
+    "weights, a layer without clone losses": {"train": "weights", "clone_skip_layers": (1,)},
+    "shared, inputs skipped": {
+        "share_qkv": True, "share_gate_up": True, "clone_skip": ("attn_in", "mlp_in")
+    },
     "fewer layers": {"student_layers": (0, 2)},
     "fewer neurons": {"student_intermediate_size": 20, "clone_mlp_out": "teacher"},
     "fewer of both": {"train": "both", "student_layers": (1, 2), "student_intermediate_size": 20},
     "free and fewer": {"train": "weights", "student_layers": (0, 2), "student_intermediate_size": 20},
-}
+}  # fmt: skip
 
 
 def student_of(kind, family="llama", **options):
@@ -126,7 +130,23 @@ def test_free_weights_start_from_a_clone(tmp_path):
         assert relative(ours["terms"][name], values) < TOLERANCE, name
 
 
-def test_any_model_with_the_vocabulary_is_a_student():
+def test_a_clone_of_another_teacher_or_of_other_layers_is_refused(tmp_path):
+    clone = student_of("fewer layers")
+    convert.save_model(clone.teacher, tmp_path / "teacher", torch.float32, None)
+    convert.save_clone(clone, tmp_path / "clone", str(tmp_path / "teacher"), "tokenizer")
+    for options in ({"student_layers": (1, 2)}, {"student_layers": (0, 2), "student_rms_norm_eps": 1e-3}):
+        with pytest.raises(
+            ValueError, match=r"has the teacher's layers \(0, 2\) and a norm eps of 1e-05, not"
+        ):
+            convert.load_weights(tmp_path / "clone", make_clone(clone.teacher, 16, **options))
+    with torch.no_grad():
+        clone.teacher.layers[0].q.mul_(2)
+    with pytest.raises(ValueError, match="with another teacher"):
+        convert.load_weights(tmp_path / "clone", make_clone(clone.teacher, 16, student_layers=(0, 2)))
+
+
+@pytest.mark.parametrize("space", ["student", "teacher"])
+def test_any_model_with_the_vocabulary_is_a_student(space):
     """Deeper, shallower, of other heads: by KL and CE, and the clone losses of equal shapes."""
     teacher = random_llama(num_hidden_layers=3)
     shapes = {
@@ -137,11 +157,14 @@ def test_any_model_with_the_vocabulary_is_a_student():
             {"num_attention_heads": 2, "head_dim": 8}, {"k", "v", "attn_out", "gate", "up", "mlp_out"}
         ),
     }  # fmt: skip
+    if space == "teacher":  # outputs by the teacher's own o and down: what these read must be equal
+        shapes["narrower"][1].update(("attn_out", "mlp_out"))
+        shapes["fewer heads"][1].remove("attn_out")
     ids, labels = random_batch(2, 10)
     for name, (changes, expected) in shapes.items():
         shape = random_llama(**{"num_hidden_layers": 3, **changes}).config
         student = model.StudentConfig(0, False, False, True, 1e-5, "weights")
-        losses = make_clone(teacher, 16).loss_config
+        losses = make_clone(teacher, 16, clone_attn_out=space, clone_mlp_out=space).loss_config
         reasons = model.terms_without_equal_shapes(teacher.config, shape, student, losses)
         losses = dataclasses.replace(losses, clone_skip=tuple(reasons))
         clone = model.LowRankClone(teacher, student, losses, shape)

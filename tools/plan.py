@@ -75,7 +75,10 @@ def set_options(options: dict) -> None:
     if options["teacher"] is None:
         shapes["model_config"] = options["model_config"] or options["init_from"]
     shapes = {name: config_of(shape) if isinstance(shape, str) else shape for name, shape in shapes.items()}
-    for name, value in (options | shapes | {"init_from": None, "eval_only": False}).items():
+    # Any model as a student has its own shape; else weights do not matter here.
+    is_any_model = options["teacher"] is not None and options["train"] == "weights"
+    start = options["init_from"] if is_any_model else None
+    for name, value in (options | shapes | {"init_from": start, "eval_only": False}).items():
         setattr(train, name, value)
     train.load_teacher = random_teacher
 
@@ -198,6 +201,7 @@ def measure(ranks: int, parallel: str, activation_checkpointing: bool, gpu: bool
         (_sharding_prop, "detect_fake_mode", lambda: None),
     ]
     if gpu:
+        replaced += [(train, "mask_documents", False)]  # a GPU makes no mask
         cuda = torch.device("cuda")
         replaced += [(F, "rms_norm", FusedRMSNorm.apply)]
         replaced += [(models, "loss_chunk", lambda vocab_size, device: real_chunk(vocab_size, cuda))]
@@ -289,11 +293,11 @@ def main() -> None:
         teacher = convert.from_hf(train.teacher, "teacher")
         tied = teacher.tie_word_embeddings and train.tie_head_projection
         return print_shapes(dataclasses.replace(teacher, tie_word_embeddings=tied))
+    if gpus < 1 or gpus % train.replicas:
+        raise ValueError(f"gpus is {gpus}; it must be above 0 and a multiple of replicas, {train.replicas}")
     gpu, tokens = train.device != "cpu", train.global_batch_size * train.seq_len
     with patch.object(train, "WORLD_SIZE", gpus):
         size, passes = train.split_batch()
-    if gpus % train.replicas:
-        raise ValueError(f"replicas is {train.replicas}; it must divide {gpus} processes")
     with torch.device("meta"):
         model = train.build_model(torch.float32)
     clone = isinstance(model, models.LowRankClone)
