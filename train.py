@@ -5,8 +5,8 @@
     python train.py config/lrc_1_5b.py            # one GPU
     torchrun --nproc_per_node=8 train.py config/lrc_1_5b.py                 # eight, each with the whole model
     torchrun --nproc_per_node=8 train.py config/lrc_4b.py --parallel=fsdp   # eight, each with its shard
-    torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-        train.py config/lrc_4b.py --parallel=fsdp --replicas=8     # shards within a node, replicas across
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        train.py config/lrc_4b.py --parallel=fsdp --replicas=2     # shards within a node, replicas across
     python train.py config/sft_1_5b.py --init_from=student         # fine-tunes on chats
     python train.py config/quickstart_teacher.py  # a plain LM, as the bundled teacher was trained
     python train.py config/X.py --resume=True     # goes on from the last checkpoint in out_dir
@@ -26,7 +26,7 @@ student_hidden_size: int | None = 96  # d_S, width of the student's residual str
 student_layers: int | tuple | None = None  # which of the teacher's to keep: indices, or how many; None: all
 student_intermediate_size: int | None = None  # FFN neurons to keep, those that add most; None: all
 model_config: dict | str | None = None  # shape of a plain LM: config.json's fields, or its directory
-init_from: str | None = None  # start: a clone's checkpoint, or with train=weights any Hugging Face model
+init_from: str | None = None  # start: a clone's checkpoint; with train=weights or no teacher also any model
 tokenizer: str | None = None  # directory whose tokenizer goes into the checkpoints; None: the teacher's
 calibration_tokens = 16384  # tokens on which the teacher is looked at before training
 init: Literal["random", "orthogonal", "channel", "pca", "least_squares"] = "pca"  # start; paper: random
@@ -352,12 +352,14 @@ def build_model(compute_dtype: torch.dtype) -> models.LowRankClone | models.Llam
 
 
 def base_shape() -> models.ModelConfig:
-    """The teacher's, or the plain model's where there is no teacher."""
+    """The teacher's, or the plain model's where there is no teacher; by a directory or a config.json."""
     shape = teacher or model_config or (convert.resolve(init_from) if init_from else None)
     if shape is None:
         raise ValueError(
             "teacher is None, so a plain LM is trained: give model_config, its shape, or init_from"
         )
+    if str(shape).endswith(".json"):
+        shape = convert.read_json(Path(shape))
     if isinstance(shape, dict):
         return convert.from_hf(shape, "teacher" if teacher else "model_config")
     return convert.read_config(shape)
@@ -369,7 +371,7 @@ def tokenizer_directory() -> str | None:
         source = convert.resolve(init_from)
         if (source / "tokenizer.json").is_file():
             return str(source)
-    return tokenizer or teacher or init_from
+    return tokenizer or teacher or (init_from and str(convert.resolve(init_from)))
 
 
 def open_data(vocab_size: int, tokenizer_dir: str | None) -> tuple[Mixture, Mixture | None]:
@@ -672,13 +674,14 @@ def print_samples(path: Path, tokenizer_dir: str, prompt: str) -> None:
 TRAJECTORY = (
     "teacher", "train", "student_hidden_size", "student_layers", "student_intermediate_size", "model_config",
     "share_qkv", "share_gate_up", "tie_head_projection", "student_rms_norm_eps", "data", "seq_len",
-    "global_batch_size", "mask_documents", "sft", "seed", "optimizer",
+    "global_batch_size", "mask_documents", "sft", "seed", "optimizer", "calibration_tokens",
 )  # fmt: skip
 
-# options of the learning rate and the loss, which a resumed run may change, but not without a word
+# options of optimizer and loss, which a resumed run may change, but not without a word
 SCHEDULE = (
     "max_steps", "epochs", "learning_rate", "free_learning_rate", "lr_schedule", "warmup_ratio",
-    "decay_ratio", *(field.name for field in dataclasses.fields(models.LossConfig)),
+    "decay_ratio", "beta1", "beta2", "momentum", "weight_decay", "max_grad_norm",
+    *(field.name for field in dataclasses.fields(models.LossConfig)),
 )  # fmt: skip
 
 

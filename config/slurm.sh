@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Eight nodes of eight GPUs under Slurm: sbatch config/slurm.sh config/lrc_4b.py --parallel=fsdp --replicas=8
+# Two nodes of eight GPUs under Slurm: sbatch config/slurm.sh config/lrc_4b.py --parallel=fsdp --replicas=2
 #
 # Slurm sends SIGTERM two minutes before the time limit, or when another job takes the nodes. The run then saves
 # and ends, the job is queued again, and --resume=True goes on from the last checkpoint.
 #SBATCH --job-name=lrc
-#SBATCH --nodes=8
+#SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64

@@ -1,5 +1,6 @@
 """convert.py for every family: a clone's checkpoint -> what transformers 4.51+ and 5 load right."""
 
+import copy
 import json
 import logging
 import os
@@ -213,6 +214,26 @@ def test_all_files_of_an_export_have_one_mode(tmp_path, monkeypatch):
         os.umask(umask)
     files = list((tmp_path / "student").iterdir())
     assert len(files) > 4 and {file.stat().st_mode & 0o777 for file in files} == {0o640}
+
+
+def test_an_export_that_differs_is_not_kept(tmp_path, monkeypatch):
+    """One wrong weight in what was written; and a directory that is there already is not touched."""
+    save_random_clone(tmp_path / "clone", tmp_path / "teacher", model_type="llama")
+    straight = convert.save_model
+
+    def wrong(student, *arguments, **options):
+        copied = copy.deepcopy(student)
+        copied.layers[1].down[0, 0] += 1.0
+        straight(copied, *arguments, **options)
+
+    monkeypatch.setattr(convert, "save_model", wrong)
+    with pytest.raises(ValueError, match=r"the logits of what was written differ by .* is not kept"):
+        run_convert(monkeypatch, checkpoint=tmp_path / "clone", out=tmp_path / "student")
+    assert not list(tmp_path.glob("student*"))
+    monkeypatch.setattr(convert, "save_model", straight)
+    (tmp_path / "student").mkdir()
+    with pytest.raises(ValueError, match="student exists; remove it or choose another --out"):
+        run_convert(monkeypatch, checkpoint=tmp_path / "clone", out=tmp_path / "student")
 
 
 def test_a_tokenizer_of_its_own_is_found_by_either_path_or_refused(tmp_path, monkeypatch):

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from configurator import configure
+
 QUICK = ("--max_steps=2", "--eval_blocks=4")
 DOWNLOAD = "needs a download"
 INSTALL = "needs the network"
@@ -69,7 +71,7 @@ NOT_RUN = {
     "python llama.cpp/convert_hf_to_gguf.py": "needs llama.cpp's sources; tools/README.md says what was run",
     "lm_eval --confirm_run_unsafe_code": "needs a run on GPUs, and downloads its tasks",
     "python tools/evaluate.py --out_dir=out/lrc_1_5b": "needs a run on GPUs",
-    "lm_eval --model hf": "needs a run on GPUs, and downloads its tasks; tests/test_lm_eval.py runs it",
+    "lm_eval --model hf": "needs a run on GPUs, and downloads its tasks; test_lm_eval.py runs it",
     "python -m pytest tests/test_model.py": "it is a part of this test run",
     "python tools/from_authors.py": "needs a checkpoint of the authors' code",
 }
@@ -117,6 +119,25 @@ def test_every_command_is_classed():
     used = {classes_of(command)[0] for command in found}
     assert {*RUN, *NOT_RUN} == used, "a class whose command is no longer in the README"
     assert len(found) == len(used), "two commands of one class"
+
+
+def test_batches_divide_by_the_processes_of_the_commands():
+    """Of what needs GPUs too: 8 of torchrun's on a node, and as many on each of Slurm's."""
+    slurm = (ROOT / "config/slurm.sh").read_text()
+    (nodes,) = re.findall(r"--nodes=(\d+)", slurm)
+    checked = 0
+    for command in readme_commands():
+        arguments = command.partition("#")[0].split()
+        configs = [word for word in arguments if re.fullmatch(r"config/\w+\.py", word)]
+        if arguments[0] not in ("torchrun", "sbatch") or not configs:
+            continue
+        options = [word for word in arguments if word.startswith("--") and "=" in word]
+        options = [word for word in options if not word.startswith(("--nproc", "--shutdown"))]
+        values = configure({"__file__": str(ROOT / "train.py")}, [*configs, *options])
+        processes = 8 * (int(nodes) if arguments[0] == "sbatch" else 1)
+        assert values["global_batch_size"] % processes == 0 and processes % values["replicas"] == 0, command
+        checked += 1
+    assert checked >= 4
 
 
 def test_commands_run(fresh):

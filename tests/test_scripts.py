@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import convert
 import model as models
 import train
+from prepare import Mixture
 from sample import generate, pick
 
 
@@ -64,7 +65,7 @@ def plain_options(teacher, corpus, out_dir, *more):
 
 def both_options(*arguments):
     free = ("--train=both", "--free_learning_rate=1e-3", "--student_layers=(1,)")
-    return clone_options(*arguments, *free, "--optimizer=muon")
+    return clone_options(*arguments, *free, "--optimizer=muon", "--kl_temperature=5")
 
 
 def weights_options(*arguments):
@@ -287,6 +288,54 @@ def test_metrics(runs):
     assert [line["step"] for line in plain if "loss" in line] == [1, 2, 3, 4]
     assert all(line["loss"] == line["lm"] for line in plain if "loss" in line)
     assert plain[-1].keys() == {"step", "tokens", "val_lm"}
+
+
+def test_evaluations_are_of_the_saved_weights_at_temperature_1(runs, corpus):
+    """Of a run that trains at T = 5: cross-entropies, KL and agreement by their definitions."""
+    clone = convert.load_checkpoint(runs["both"] / "step_00000020")
+    batch = Mixture({str(corpus): None}, "heldout", 32, 0).batch(0, 3)
+    labels = torch.as_tensor(batch.labels).flatten()
+    kept = labels != -100
+    ids = torch.as_tensor(batch.ids)
+    with torch.no_grad():
+        student, teacher = (
+            model.logits(ids).flatten(0, 1)[kept].double().log_softmax(-1) for model in (clone, clone.teacher)
+        )
+    rows = torch.arange(len(student))
+    expected = {
+        "val_lm": -student[rows, labels[kept]].mean(),
+        "val_teacher_lm": -teacher[rows, labels[kept]].mean(),
+        "val_kl": (teacher.exp() * (teacher - student)).sum(-1).mean(),
+        "val_agreement": (teacher.argmax(-1) == student.argmax(-1)).double().mean(),
+    }
+    last = metrics(runs["both"])[-1]
+    for name, value in expected.items():
+        assert last[name] == pytest.approx(value.item(), rel=1e-4), name
+
+
+def test_what_would_spoil_a_run_is_refused(work, runs, teacher, corpus):
+    """A second run in its directory, other data or options when it goes on, another tokenizer's data."""
+    other = work / "other_tokenizer"
+    shutil.copytree(teacher, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    again = clone_options(teacher, corpus, runs["clone"])
+    new = clone_options(teacher, corpus, work / "none", f"--tokenizer={other}")
+    calls = {
+        "holds a run: go on with --resume=True": again,
+        "has seed = 1, not 7; a resumed run must keep it": (*again, "--resume=True", "--seed=7"),
+        "has calibration_tokens = ": (*again, "--resume=True", "--calibration_tokens=64"),
+        f"whose vocabulary is not {other}'s": new,
+    }
+    before = (runs["clone"] / "metrics.jsonl").read_text()
+    for message, done in zip(
+        calls, in_parallel([("train.py", *call) for call in calls.values()]), strict=True
+    ):
+        assert done.returncode == 1 and message in done.stderr.splitlines()[-1], done.stderr
+    assert (runs["clone"] / "metrics.jsonl").read_text() == before and not (work / "none").exists()
 
 
 # ---- sampling

@@ -33,7 +33,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import convert
 import model as models
 import train
 from prepare import Batch
@@ -43,10 +42,7 @@ MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 
 def random_teacher(dtype: torch.dtype) -> models.Llama:
     """A teacher of the shape that the option gives, its weights random; in place of train.py's own."""
-    shape = train.teacher
-    if isinstance(shape, str):
-        shape = convert.read_json(Path(shape))
-    teacher = models.Llama(convert.from_hf(shape, "teacher"), dtype)
+    teacher = models.Llama(train.base_shape(), dtype)
     return teacher.init_weights(train.seed).to(dtype)
 
 

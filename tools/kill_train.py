@@ -45,8 +45,8 @@ def start(out_dir: Path) -> subprocess.Popen:
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     options = (
         "--student_hidden_size=24", "--seq_len=32", "--global_batch_size=2", "--micro_batch_size=1",
-        "--save_every=3", "--eval_every=0", "--sample_prompt=", "--resume=True", f"--max_steps={max_steps}",
-        f"--out_dir={out_dir}",
+        "--save_every=3", "--log_every=1", "--eval_every=0", "--sample_prompt=", "--resume=True",
+        f"--max_steps={max_steps}", f"--out_dir={out_dir}",
     )  # fmt: skip
     with open(out_dir.with_suffix(".log"), "w") as log:
         return subprocess.Popen(
@@ -71,7 +71,7 @@ if __name__ == "__main__":
         process = start(work / "killed")
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and process.poll() is None:  # until it trains
-            if "training" in (work / "killed.log").read_text():
+            if "\nstep " in (work / "killed.log").read_text():
                 break
             time.sleep(0.05)
         time.sleep(moments.uniform(0.0, 1.0))
