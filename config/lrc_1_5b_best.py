@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node=8 train.py config/lrc_1_5b_best.py
 
-In the study free weights beside the projections, or in their place, end lower the longer a run is: with
---train=both or --train=weights this is that run, for more memory. On SmolLM2 no run was long enough to show it.
+In the study free weights beside the projections, or in their place, gain more the longer a run is: that is
+--train=both or --train=weights, for more memory. On SmolLM2 no run was long enough to show it.
 At this rate AdamW's first steps undo the start in closed form, on SmolLM2; Muon's do not.
 Not yet run at this scale: the study is on teachers of 3M and 135M parameters.
 """
