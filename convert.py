@@ -437,6 +437,12 @@ def read_student_config(path: Path) -> StudentConfig:
     return student
 
 
+def refuse_another_teacher(path: Path, teacher: Llama, name: str) -> None:
+    """ValueError where a clone's checkpoint is not of this teacher."""
+    if read_json(path / "config.json")["teacher_fingerprint"] != fingerprint(teacher):
+        raise ValueError(f"{path}: {name} is not the teacher it was trained with (the weights differ)")
+
+
 def load_clone(
     path: str | Path, dtype=torch.float32, teacher: str | None = None, losses: LossConfig | None = None
 ) -> LowRankClone:
@@ -445,11 +451,9 @@ def load_clone(
     losses: how it is trained, where its loss is to be computed.
     """
     path = Path(path)
-    config = read_json(path / "config.json")
     teacher, _ = clone_directories(path, teacher)
     model = load_model(teacher, dtype)
-    if fingerprint(model) != config["teacher_fingerprint"]:
-        raise ValueError(f"{path}: {teacher} is not the teacher it was trained with (the weights differ)")
+    refuse_another_teacher(path, model, teacher)
     with torch.device("meta"):
         clone = LowRankClone(model, read_student_config(path), losses)
     expected = {name: tuple(tensor.shape) for name, tensor in clone.own_state().items()}
@@ -510,8 +514,7 @@ def save_weights(
 
 def refuse_another_clone(path: Path, model: LowRankClone) -> None:
     """ValueError where a clone's checkpoint is of another teacher or of other layers than the model."""
-    if read_json(path / "config.json")["teacher_fingerprint"] != fingerprint(model.teacher):
-        raise ValueError(f"{path} was trained with another teacher than this one (the weights differ)")
+    refuse_another_teacher(path, model.teacher, "this run's")
     saved = read_student_config(path)
     layers = saved.student_layers or tuple(range(len(model.teacher.layers)))
     if (layers, saved.student_rms_norm_eps) != (model.kept, model.config.rms_norm_eps):

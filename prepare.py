@@ -962,6 +962,10 @@ class Mixture:
 
     def __init__(self, data: dict[str, float | None], split: str, seq_len: int, seed: int, sft: bool = False):
         self.sources = [Shards(path, split, seq_len, sft) for path in data]
+        # What their losses are logged by: their paths where two directories have one name.
+        self.names = [source.path.name for source in self.sources]
+        if len(set(self.names)) < len(self.names):
+            self.names = [str(source.path) for source in self.sources]
         self.seq_len = seq_len
         self.seed = seed
         self.sft = sft

@@ -536,10 +536,7 @@ def forward(model, weights, blocks, first: int, count: int, whole: int, labels: 
     sources = getattr(blocks, "sources", ())
     if len(sources) > 1:
         source_of = models.to_device(batch.source, device)[:, None]
-        names = [source.path.name for source in sources]
-        if len(set(names)) < len(names):
-            names = [str(source.path) for source in sources]
-        for index, name in enumerate(names):
+        for index, name in enumerate(blocks.names):
             counted = (source_of == index) & (targets != -100)
             metrics[f"lm/{name}"] = (losses["token_lm"] * counted).sum()
             metrics[f"labels/{name}"] = counted.sum()
@@ -876,9 +873,8 @@ def check_options() -> None:
             if value is not None and not is_right(value):
                 raise ValueError(f"{name} is {value}; it must be {allowed}")
 
-    counts = "seq_len global_batch_size micro_batch_size log_every eval_blocks replicas calibration_tokens "
-    counts += "max_bad_steps"
-    refuse(counts, lambda value: value >= 1, "at least 1")
+    counts = "seq_len global_batch_size micro_batch_size log_every eval_blocks replicas calibration_tokens"
+    refuse(f"{counts} max_bad_steps", lambda value: value >= 1, "at least 1")
     weights = "max_steps save_every eval_every lm_weight kl_weight clone_weight weight_decay max_grad_norm"
     refuse(weights, lambda value: value >= 0, "at least 0")
     refuse("kl_temperature epochs learning_rate free_learning_rate", lambda value: value > 0, "above 0")

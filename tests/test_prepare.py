@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 import prepare
@@ -767,14 +767,17 @@ LLAMA2 = """{% for m in messages %}{% if m.role == 'user' %}{{ '<s>[INST] ' + m.
 {% else %}{{ ' ' + m.content + ' </s>' }}{% endif %}{% endfor %}"""
 
 
-def sentencepiece_tokenizer(path):
-    """One as Llama 2 and Mistral have it: it puts a space before a text, and its decoder takes it away."""
+def sentencepiece_tokenizer(path, family):
+    """One as Llama 2 or Mistral 0.3 has it: it puts a space before a text, and its decoder takes it away."""
     characters = [chr(i) for i in range(33, 127)]
     merges = [("▁", "H"), ("H", "i"), ("▁H", "i"), ("▁", "y")]
     names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *characters]
     vocabulary = {name: i for i, name in enumerate([*names, *map("".join, merges)])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if family == "llama2":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:  # only where the whole text begins, not behind a special token
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -785,9 +788,10 @@ def sentencepiece_tokenizer(path):
     return tokenizer
 
 
-def test_a_tokenizer_that_puts_a_space_first(tmp_path, monkeypatch):
-    """It puts one where a text or what follows a special token begins, and not where ours is cut."""
-    tokenizer = sentencepiece_tokenizer(tmp_path / "tokenizer")
+@pytest.mark.parametrize("family", ["llama2", "mistral"])
+def test_a_tokenizer_that_puts_a_space_first(family, tmp_path, monkeypatch):
+    """It puts one where it does in the whole text, and not where ours is cut."""
+    tokenizer = sentencepiece_tokenizer(tmp_path / "tokenizer", family)
     chats = [
         [("user", "Hi Hi"), ("assistant", "Hi you")],
         [("user", "a"), ("assistant", "y"), ("user", "Hi"), ("assistant", "\nHi")],
@@ -853,6 +857,17 @@ def test_sft_rows_are_cut_at_seq_len_and_stay_in_one_shard(tmp_path):
     with pytest.raises(ValueError, match="not SFT rows"):
         prepared(write_as("jsonl", tmp_path / "a.jsonl", TEXTS), tmp_path / "packed")
         Shards(tmp_path / "packed", "tokens", 8, sft=True)
+
+
+def test_sources_of_one_name_are_told_apart(tmp_path):
+    source = write_as("jsonl", tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "y").mkdir()
+    paths = [str(tmp_path / name) for name in ("x/text", "y/text", "x/code")]
+    for path in paths:
+        prepared(source, path)
+    assert Mixture(dict.fromkeys(paths), "tokens", 8, seed=0).names == paths
+    assert Mixture(dict.fromkeys(paths[1:]), "tokens", 8, seed=0).names == ["text", "code"]
 
 
 def test_bad_chats_are_counted(tmp_path):
