@@ -2,7 +2,7 @@
 
     teacher = convert.load_model("models/Llama-3.2-3B-Instruct")     # a Hugging Face directory -> Llama
     clone = LowRankClone(teacher, student_config, loss_config)       # trains projections and norms, or more
-    weights = clone()                                                # the student's, once a step
+    weights = clone(clone.dtype)                                     # the student's, once a step
     losses = clone.loss(ids, labels, weights)                        # {"loss", "lm", "kl", "clone", "terms"}
     student = clone.merge()                                          # an ordinary, smaller Llama
 
@@ -17,6 +17,8 @@ heads, F intermediate_size, V vocabulary.
 """
 
 import dataclasses
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 
@@ -24,8 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 try:  # optional, on CUDA, for documents kept apart: where it is not installed, PyTorch's own kernel does it
     from flash_attn import flash_attn_varlen_func
@@ -186,11 +187,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
         if flash_attn_varlen_func is not None:
             attended = flash_attn_varlen_func(*flat, *lengths, causal=True)
         else:
-            attended = varlen_attn(*flat, *lengths, window_size=(-1, 0), enable_gqa=grouped)
+            attended = varlen_attention(*flat, *lengths)
         return attended.unflatten(0, (q.shape[0], q.shape[2])).flatten(2)
     causal = mask is None and q.shape[2] > 1
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
     return attended.transpose(1, 2).flatten(2)
+
+
+def varlen_attention(q, k, v, *lengths) -> Tensor:
+    """Causal attention of documents in a row; q [B·T, H, head_dim], k and v [B·T, G, head_dim]."""
+    # Its module takes half a second to import, and only this needs it.
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {"window_size": (-1, 0)}
+    # PyTorch 2.11 takes grouped heads as they are; later versions want to be told of them.
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    return varlen_attn(q, k, v, *lengths, **options)
 
 
 class GatedLinear(torch.autograd.Function):
@@ -226,6 +239,12 @@ gated_linear = GatedLinear.apply
 # ---- a plain model
 
 
+def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight to compute with. What trains is copied, also where it has the dtype: FSDP frees a parameter
+    that it has gathered as soon as the module's forward() ends."""
+    return weight.to(dtype, copy=weight.requires_grad)
+
+
 class Layer(nn.Module):
     """The weights of one layer, by the names of layer_shapes."""
 
@@ -234,12 +253,8 @@ class Layer(nn.Module):
         for name, shape in config.layer_shapes().items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
-    def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {name: weight.to(dtype) for name, weight in self.named_parameters()}
-
-    def forward(self, function, dtype: torch.dtype, *arguments):
-        """function(this layer's weights, *arguments); FSDP has them gathered while the call lasts."""
-        return function(self.weights(dtype), *arguments)
+    def forward(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {name: in_dtype(weight, dtype) for name, weight in self.named_parameters()}
 
 
 def walk(weights: dict, ids: Tensor, config: ModelConfig, rope=None, mask=None, caches=None, layer=block):
@@ -272,8 +287,9 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.run_block = block  # train.py may compile or checkpoint it
-        self.chunk_loss = chunk_loss  # and compile this
+        self.run_block = block  # train.py may compile it
+        self.chunk_loss = chunk_loss  # and this
+        self.recompute = False  # in training: keep only the layers' inputs, and run each again in backward
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.Parameter(torch.empty(config.hidden_size))
@@ -291,25 +307,21 @@ class Llama(nn.Module):
                 weight.data.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
         return self
 
-    def modules_of(self, i: int) -> list[nn.Module]:
-        """The modules that the weights of layer i are made of."""
-        return [self.layers[i]]
-
     def head_weight(self) -> Tensor:
         return (self.embedding if self.head is None else self.head).to(self.dtype)
 
-    def forward(self) -> dict:
+    def forward(self, dtype: torch.dtype) -> dict:
         """The weights to compute with: {"layers": [{name: weight}], "embedding", "norm", and "head" where it
         is not the embedding}. A model's forward, since DDP and FSDP synchronise what is made in it."""
-        weights = {"layers": [layer(dict, self.dtype) for layer in self.layers]}
-        weights |= {"embedding": self.embedding.to(self.dtype), "norm": self.norm.to(self.dtype)}
+        weights = {"layers": [layer(dtype) for layer in self.layers]}
+        weights |= {"embedding": in_dtype(self.embedding, dtype), "norm": in_dtype(self.norm, dtype)}
         if self.head is not None:
-            weights["head"] = self.head.to(self.dtype)
+            weights["head"] = in_dtype(self.head, dtype)
         return weights
 
     def logits(self, ids: Tensor, **options) -> Tensor:
         """ids [B, T] -> logits [B, T, V], float32; options: see walk."""
-        weights = self()
+        weights = self(self.dtype)
         return (hidden_states(weights, ids, self.config, **options) @ head_of(weights).T).float()
 
     def loss(
@@ -317,13 +329,16 @@ class Llama(nn.Module):
     ) -> dict[str, Tensor]:
         """The next-token loss of ids [B, T] against labels [B, T], already shifted (-100: no label).
 
-        weights: forward()'s result, where several batches share it, or that held. num_labels, share: see
-        head_loss. documents: document_layout's result, where the documents of a block do not see each other.
+        weights: forward()'s result, where several batches share it. num_labels, share: see head_loss.
+        documents: document_layout's result, where the documents of a block do not see each other.
         """
-        weights = unheld(weights) or self()
+        weights = weights or self(self.dtype)
         positions, mask = positions_and_mask(ids, documents)
         rope = rope_table(self.config, positions)
-        x = hidden_states(weights, ids, self.config, rope=rope, mask=mask, layer=self.run_block)
+        layer = self.run_block
+        if self.recompute:
+            layer = functools.partial(checkpoint, layer, use_reentrant=False)
+        x = hidden_states(weights, ids, self.config, rope=rope, mask=mask, layer=layer)
         return head_loss(
             x, head_of(weights), labels, num_labels=num_labels, share=share, loss_function=self.chunk_loss
         )
@@ -399,6 +414,8 @@ def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, in total's dtype."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
+    elif a.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += product(a, b)
 
@@ -508,60 +525,6 @@ def head_loss(
     if teacher is not None and temperature == 1.0:
         result["teacher_lm"] = teacher_lm.sum() / num_labels
     return result
-
-
-# ---- weights that several batches share
-
-
-class Held:
-    """Weights on which the gradients of several batches gather: `weights`, a tree of leaves.
-
-    Not a dict itself: FSDP looks for tensors in dicts, lists and dataclasses among the arguments of a forward
-    pass, and would wait for the gradients of all these before it frees one.
-    """
-
-    def __init__(self, weights: dict):
-        self.weights = weights
-
-
-def unheld(weights: "dict | Held | None") -> dict | None:
-    return weights.weights if isinstance(weights, Held) else weights
-
-
-def hold(weights: dict, accumulate: bool) -> Held:
-    """A model's weights as leaves of their own. accumulate: gradients of several batches add up on them, in
-    float32 at least; else they keep the dtype of the weights, to which they are cast in the end."""
-
-    def leaf(weight: Tensor) -> Tensor:
-        held = weight.detach().requires_grad_(weight.requires_grad)
-        if held.requires_grad and accumulate:
-            held.grad_dtype = torch.promote_types(weight.dtype, torch.float32)
-        return held
-
-    return Held(tree_map(leaf, weights))
-
-
-def release(weights: dict, held: Held, before_layer: Callable[[int], None] = lambda i: None) -> None:
-    """Takes the gradients gathered on `held` back to what is trained, the layers from the last to the first.
-
-    before_layer(i) is called before layer i's turn. Both trees are used up: a gradient is freed once taken.
-    """
-
-    def take(part: dict, held_part: dict) -> None:
-        pairs = zip(tree_leaves(part), tree_leaves(held_part), strict=True)
-        pairs = [(weight, leaf) for weight, leaf in pairs if leaf.grad is not None]
-        gradients = [leaf.grad.to(weight.dtype) for weight, leaf in pairs]
-        for _, leaf in pairs:
-            leaf.grad = None
-        if pairs:
-            torch.autograd.backward([weight for weight, _ in pairs], gradients)
-
-    layers = weights.pop("layers")
-    held_layers = held.weights.pop("layers")
-    take(weights, held.weights)
-    for i in reversed(range(len(layers))):
-        before_layer(i)
-        take(layers.pop(), held_layers.pop())
 
 
 # ---- the clone losses
@@ -753,9 +716,10 @@ class StudentLayer(nn.Module):
         """The projection of a weight of READS or WRITES."""
         return self.projections[self.parameter_of[name]]
 
-    def compose(self, teacher: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    def forward(self, teacher: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """The layer's weights, by the names of layer_shapes; besides, under "P_" and their names, the
-        projections that clone losses read, and "neurons"."""
+        projections that clone losses read, and "neurons". teacher: the weights of the teacher's layer, of
+        which they are made; {} where they are not."""
         weights = {}
         if self.composes:
             p = {name: self.projection(name).to(dtype) for name in self.parameter_of}
@@ -767,16 +731,14 @@ class StudentLayer(nn.Module):
             if "o_bias" in teacher:
                 weights["o_bias"] = teacher["o_bias"] @ p["o"]
         for name, free in self.free.items():
-            weights[name] = free.to(dtype) + weights[name] if name in weights else free.to(dtype)
-        weights |= {"input_norm": self.input_norm.to(dtype), "post_norm": self.post_norm.to(dtype)}
-        weights |= {f"P_{name}": self.projection(name).to(dtype) for name in self.compared}
+            free = in_dtype(free, dtype)
+            weights[name] = free + weights[name] if name in weights else free
+        weights["input_norm"] = in_dtype(self.input_norm, dtype)
+        weights["post_norm"] = in_dtype(self.post_norm, dtype)
+        weights |= {f"P_{name}": in_dtype(self.projection(name), dtype) for name in self.compared}
         if self.neurons is not None:
             weights["neurons"] = self.neurons
         return weights
-
-    def forward(self, teacher: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
-        """compose(), what it takes gathered under FSDP."""
-        return teacher(self.compose, dtype, dtype) if self.composes else self.compose({}, dtype)
 
 
 def projections_compared(student: StudentConfig, losses: LossConfig | None) -> list[str]:
@@ -828,18 +790,21 @@ def keep_neurons(teacher: dict[str, Tensor], neurons: Tensor | None) -> dict[str
 
 def clone_block(
     teacher: dict[str, Tensor] | None, student: dict[str, Tensor] | None, x_t: Tensor, x_s: Tensor,
-    configs: tuple[ModelConfig, ModelConfig], ropes: tuple, mask, compare,
+    configs: tuple[ModelConfig, ModelConfig], ropes: tuple, mask, compare, recompute: bool,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
     """One layer of teacher and student in lock-step, so that a teacher activation lives only as long as its
     loss: x_t [B, T, d_T], x_s [B, T, d_S] -> (x_t, x_s, clone losses).
 
     teacher, student: the layer's weights, None where one of the two has no layer here. configs, ropes: of
-    teacher and student. compare: (StudentConfig, LossConfig), or None: no clone losses here.
+    teacher and student. compare: (StudentConfig, LossConfig), or None: no clone losses here. recompute: keep
+    of the student's layer only what the losses need, and run it again in backward; the teacher runs once.
     """
     if teacher is not None:
         with torch.no_grad():
             x_t, t = block(x_t, teacher, configs[0], ropes[0], mask)
-    if student is not None:
+    if student is not None and recompute:
+        x_s, s = checkpoint(block, x_s, student, configs[1], ropes[1], mask, use_reentrant=False)
+    elif student is not None:
         x_s, s = block(x_s, student, configs[1], ropes[1], mask)
     if compare is None or teacher is None:
         return x_t, x_s, {}
@@ -865,8 +830,10 @@ class LowRankClone(nn.Module):
         super().__init__()
         d_t = teacher.config.hidden_size
         self.teacher = teacher.requires_grad_(False)
-        self.run_block = clone_block  # train.py may compile or checkpoint it
-        self.chunk_loss = chunk_loss  # and compile this
+        self.dtype = teacher.dtype
+        self.run_block = clone_block  # train.py may compile it
+        self.chunk_loss = chunk_loss  # and this
+        self.recompute = False  # see clone_block
         self.student_config = student
         self.loss_config = losses
         self.composes = student.train != "weights"
@@ -904,27 +871,21 @@ class LowRankClone(nn.Module):
         """trained(), and which neurons are kept: what a checkpoint holds."""
         return self.trained() | {n: b for n, b in self.named_buffers() if not n.startswith("teacher.")}
 
-    def modules_of(self, i: int) -> list[nn.Module]:
-        """The modules that the weights of the student's layer i are made of."""
-        return [self.layers[i], self.teacher.layers[self.kept[i]]] if self.composes else [self.layers[i]]
-
-    def forward(self, dtype: torch.dtype | None = None) -> dict:
-        """compose(); a model's forward, since DDP and FSDP synchronise what is made in it."""
-        return self.compose(dtype or self.teacher.dtype)
-
-    def compose(self, dtype: torch.dtype) -> dict:
+    def forward(self, dtype: torch.dtype) -> dict:
         """The student's weights: {"layers": [{name: weight}], "norm", "embedding_projection" and "embedding",
-        whose parts of the student's embedding add up, and "head" where that is not "embedding"}."""
-        teacher_layers = [self.teacher.layers[k] if self.composes else None for k in self.kept]
-        layers = zip(self.layers, teacher_layers, strict=True)
-        weights = {"layers": [layer(teacher, dtype) for layer, teacher in layers]}
-        weights["norm"] = self.norm.to(dtype)
+        whose parts of the student's embedding add up, and "head" where that is not "embedding"}. A model's
+        forward, since DDP and FSDP synchronise what is made in it."""
+        weights = {"layers": []}
+        for layer, k in zip(self.layers, self.kept, strict=True):
+            made_of = self.teacher.layers[k](dtype) if self.composes else {}
+            weights["layers"].append(layer(made_of, dtype))
+        weights["norm"] = in_dtype(self.norm, dtype)
         if self.embedding is not None:
-            weights["embedding"] = self.embedding.to(dtype)
+            weights["embedding"] = in_dtype(self.embedding, dtype)
         if self.head is not None:
-            weights["head"] = self.head.to(dtype)
+            weights["head"] = in_dtype(self.head, dtype)
         if self.composes:
-            p_embedding = self.embedding_projection.to(dtype)
+            p_embedding = in_dtype(self.embedding_projection, dtype)
             p_head = p_embedding if self.head_projection is None else self.head_projection.to(dtype)
             weights["embedding_projection"] = p_embedding
             head = self.teacher.head_weight().to(dtype) @ p_head
@@ -934,7 +895,7 @@ class LowRankClone(nn.Module):
 
     def plain_weights(self, dtype: torch.dtype) -> dict:
         """The student's weights as a plain model of its shape has them; see Llama.forward."""
-        weights = self.compose(dtype)
+        weights = self(dtype)
         if self.composes:
             embedding = self.teacher.embedding.to(dtype) @ weights["embedding_projection"]
             weights["embedding"] = embedding + weights.get("embedding", 0)
@@ -984,11 +945,10 @@ class LowRankClone(nn.Module):
             weights = None if j is None else student["layers"][j]
             compares = j is not None and losses.clone_weight and j not in losses.clone_skip_layers
             compare = (self.student_config, losses) if compares else None
-            arguments = (weights, x_t, x_s, configs, ropes, mask, compare)
-            if i < len(teacher.layers):
-                x_t, x_s, terms = teacher.layers[i](self.run_block, teacher.dtype, *arguments)
-            else:
-                x_t, x_s, terms = self.run_block(None, *arguments)
+            teacher_weights = teacher.layers[i](teacher.dtype) if i < len(teacher.layers) else None
+            x_t, x_s, terms = self.run_block(
+                teacher_weights, weights, x_t, x_s, configs, ropes, mask, compare, self.recompute
+            )
             yield j, x_t, x_s, terms
 
     def loss(
@@ -1002,7 +962,7 @@ class LowRankClone(nn.Module):
         temperature 1 also "teacher_lm".
         """
         losses = self.loss_config
-        student = unheld(weights) or self()
+        student = weights or self(self.dtype)
         by_layer = []
         # The last streams are what the heads read.
         for j, x_t, x_s, terms in self.lock_step(ids, student, documents):  # noqa: B007
@@ -1034,26 +994,6 @@ class LowRankClone(nn.Module):
         result["loss"] = result["loss"] + losses.clone_weight * result["clone"]
         return result
 
-    def effective_ranks(self, ids: Tensor, weights: dict) -> dict[str, list[float]]:
-        """Effective ranks of the residual streams after the first, two inner and the last layer of the
-        student: exp of the entropy of the singular values of [B · T, D], normalised to sum 1 (Roy & Vetterli,
-        2007)."""
-
-        def effective_rank(x: Tensor) -> float:
-            # The singular values are the roots of the Gram matrix's eigenvalues, and that is only D x D.
-            tokens = x.flatten(0, 1).double()
-            p = torch.linalg.eigvalsh(tokens.T @ tokens).clamp(min=0).sqrt()
-            p = p / p.sum()
-            return torch.special.entr(p).sum().exp().item()
-
-        last = len(self.layers) - 1
-        ranks = {"rank_student": [], "rank_teacher": []}
-        for j, x_t, x_s, _ in self.lock_step(ids, weights):
-            if j in {0, last // 3, 2 * last // 3, last}:
-                ranks["rank_student"].append(effective_rank(x_s))
-                ranks["rank_teacher"].append(effective_rank(x_t))
-        return ranks
-
     def logits(self, ids: Tensor) -> Tensor:
         """The student's logits [B, T, V], float32, by its weights composed in the teacher's dtype."""
         weights = self.plain_weights(self.teacher.dtype)
@@ -1070,7 +1010,7 @@ class LowRankClone(nn.Module):
         and the head read; their trace is 1.
         """
         teacher_layers = self.teacher.layers
-        weights = self.teacher()
+        weights = self.teacher(self.dtype)
         squares = {}
         covariance = 0.0
         count = 0
@@ -1243,7 +1183,7 @@ def fit_layers(
     # The layers before the first that is kept.
     x_t = teacher_streams(teacher, x_t, rope, 0, clone.kept[0])[1]
     for layer, first, end in progress([*zip(clone.layers, clone.kept, ends, strict=True)]):
-        weights = teacher.layers[first].weights(torch.float32)
+        weights = teacher.layers[first](torch.float32)
         middle, out = teacher_streams(teacher, x_t, rope, first, end)
         # Errors count relative to the token's stream, or the massive tokens would decide alone.
         token_weight = x_t.square().mean(-1).reciprocal()
@@ -1252,17 +1192,17 @@ def fit_layers(
         normed_s = rms_norm(x_s, layer.input_norm, config.rms_norm_eps)
         normed_t = rms_norm(x_t, weights["input_norm"], teacher.config.rms_norm_eps)
         fit_reads([layer.projection(name) for name in ("q", "k", "v")], normed_s, normed_t, ridge)
-        student = layer.compose(weights, torch.float32)
+        student = layer(weights, torch.float32)
         attended = torch.cat([attend(rows, student, config, rope) for rows in x_s.split(1)])
         fit_write(layer, "o", weights, lambda rows=attended: rows, middle @ basis - x_s, token_weight, ridge)
-        student = layer.compose(weights, torch.float32)
+        student = layer(weights, torch.float32)
         x_s = x_s + F.linear(attended, student["o"], student.get("o_bias"))
 
         # The FFN, likewise.
         normed_s = rms_norm(x_s, layer.post_norm, config.rms_norm_eps)
         normed_t = rms_norm(middle, weights["post_norm"], teacher.config.rms_norm_eps)
         fit_reads([layer.projection(name) for name in ("gate", "up")], normed_s, normed_t, ridge)
-        student = layer.compose(weights, torch.float32)
+        student = layer(weights, torch.float32)
 
         def features(rows=normed_s, gate=student["gate"], up=student["up"]) -> Iterator[Tensor]:
             """What the student's down reads: [T, F], row by row."""
@@ -1270,7 +1210,7 @@ def fit_layers(
                 yield F.silu(F.linear(row, gate)) * F.linear(row, up)
 
         fit_write(layer, "down", weights, features, out @ basis - x_s, token_weight, ridge)
-        down = layer.compose(weights, torch.float32)["down"]
+        down = layer(weights, torch.float32)["down"]
         x_s = torch.stack([row + F.linear(a, down) for row, a in zip(x_s, features(), strict=True)])
         x_t = out
     return x_t, x_s
@@ -1280,7 +1220,7 @@ def teacher_streams(teacher: Llama, x: Tensor, rope, first: int, end: int) -> tu
     """The teacher's stream [N, T, d_T] after the attention of layer `first`, and before layer `end`."""
     middle = torch.empty_like(x)
     out = torch.empty_like(x)
-    layers = [layer.weights(torch.float32) for layer in teacher.layers[first:end]]
+    layers = [layer(torch.float32) for layer in teacher.layers[first:end]]
     for n in range(len(x)):
         rows = x[n : n + 1]
         for i, weights in enumerate(layers):

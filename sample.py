@@ -87,7 +87,7 @@ def generate(
     """
     config = llama.config
     device = llama.norm.device
-    weights = llama()
+    weights = llama(llama.dtype)
     batch = len(prompts)
     width = max(map(len, prompts))
     length = width + max_new_tokens

@@ -82,8 +82,8 @@ wandb_project = "low-rank-clone"  # there
 run_name: str | None = None  # there; None: out_dir
 tags: tuple = ()  # there
 compile: bool | None = None  # torch.compile of a layer (one, used for all) and of the loss; None: on cuda
-activation_checkpointing = False  # keep only the layers' inputs; each layer runs again in backward
-parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: replicas of everything, or shards (FSDP2)
+activation_checkpointing = False  # of the student's layers keep what losses need; each runs again in backward
+parallel: Literal["ddp", "fsdp"] = "ddp"  # processes have replicas of what trains, or shards of it (FSDP2)
 replicas = 1  # of the shards, for fsdp: number of nodes to shard within each and replicate across (HSDP)
 device: str | None = None  # None: cuda where there is one, or cpu
 dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: bfloat16 on cuda, float32 on cpu
@@ -116,20 +116,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch.distributed.checkpoint import (
-    CheckpointException,
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
-from torch.distributed.checkpoint import load as load_distributed
-from torch.distributed.checkpoint import save as save_distributed
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 import convert
@@ -141,6 +131,7 @@ from sample import generate
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 QUICKSTART = "data/quickstart"
+LAYERS_OF_A_UNIT = 8  # that FSDP gathers at once: each unit costs CPU time, and larger ones memory
 
 
 def show(steps, **options):
@@ -169,13 +160,15 @@ def start_device() -> torch.device:
             )
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
-    if WORLD_SIZE == 1:
+    if WORLD_SIZE == 1 and parallel == "ddp":
         return chosen
     # gloo beside nccl: what is decided on the CPU (stop? failed?) need not wait for the GPU
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     rendezvous = {}
-    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-    if one_node and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(WORLD_SIZE)
+    if "WORLD_SIZE" not in os.environ:  # without torchrun: a process group of one, which shards too
+        rendezvous = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    elif one_node and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's store still has the addresses from before a restart, which ranks would wait for
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -222,68 +215,43 @@ def from_rank_0(tensors: list[torch.Tensor]) -> None:
 
 
 def distribute(model, device: torch.device):
-    """The model as it makes its weights (model() is called once a step): wrapped in DDP, sharded by FSDP2, or
-    as it is."""
-    if WORLD_SIZE == 1:
-        return model
+    """The model as it makes its weights (called once a step): wrapped in DDP, sharded by FSDP2, or as it is.
+
+    FSDP shards what trains; the frozen teacher stays whole on every device. Sharding that too would send four
+    times as much and take more time on the CPU than a step has, for the few GiB that tools/plan.py tells.
+    """
     if parallel == "ddp":
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        return model if WORLD_SIZE == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # These take half a second to import, and only this needs them.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     if replicas > 1:
         sizes = (replicas, WORLD_SIZE // replicas)
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(device.type, (WORLD_SIZE,), mesh_dim_names=("shard",))
     policy = MixedPrecisionPolicy(dtype_on(device), torch.float32, cast_forward_inputs=False)
-    llamas = [model, model.teacher] if isinstance(model, models.LowRankClone) else [model]
-    for module in [*(layer for llama in llamas for layer in llama.layers), model]:
-        module.register_forward_hook(copy_parameters)  # before FSDP's own, which frees them
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-    # What belongs to no layer is gathered once a step, for all of its passes: reshard_root() ends that.
-    model.set_reshard_after_backward(False, recurse=False)
-    for method in ("loss", "effective_ranks"):  # besides forward(), which makes the weights
-        if hasattr(model, method):
-            register_fsdp_forward_method(model, method)
-    return model
-
-
-def copy_parameters(module, arguments, output):
-    """What a module returns, with copies in place of its own parameters, which FSDP frees after the call."""
-    return tree_map(lambda value: value.clone() if isinstance(value, torch.nn.Parameter) else value, output)
-
-
-def release(model, weights: dict, held: models.Held) -> None:
-    """models.release; under FSDP each layer is gathered while the one after it goes backward."""
-
-    def gather_next(i: int) -> None:
-        # Until the last backward FSDP must not tidy up, or it throws away what is being gathered.
-        model.set_is_last_backward(i == 0)
-        if i > 0:
-            for module in model.modules_of(i - 1):
-                module.unshard(async_op=True)
-
-    if isinstance(model, FSDPModule):
-        models.release(weights, held, gather_next)
-    else:
-        models.release(weights, held)
-
-
-def reshard_root(model) -> None:
-    """Ends a step or an evaluation under FSDP. Between them named_parameters() gives the sharded parameters
-    that train and are saved, never gathered copies of them."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    # The root too frees what it has gathered: named_parameters() then always gives the shards.
+    shared = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True}
+    for first in range(0, len(model.layers), LAYERS_OF_A_UNIT):
+        fully_shard([*model.layers[first : first + LAYERS_OF_A_UNIT]], **shared)
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    return fully_shard(model, **shared, ignored_params=frozen)
 
 
 def trained_parameters(model) -> dict[str, torch.Tensor]:
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if isinstance(model, FSDPModule):
-        assert all(isinstance(p, DTensor) for p in parameters.values()), "a gathered copy is no parameter"
-    return parameters
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def unshard(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor whole, on every rank."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def own_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """The rows of a tensor that this rank has: all of them but under FSDP."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 # ---- model, data, schedule
@@ -434,29 +402,107 @@ def speed_up(model, device: torch.device) -> None:
     if compile or (compile is None and device.type == "cuda"):
         model.run_block = torch.compile(model.run_block)
         model.chunk_loss = torch.compile(model.chunk_loss)
-    if activation_checkpointing:
-        model.run_block = functools.partial(checkpoint, model.run_block, use_reentrant=False)
+    model.recompute = activation_checkpointing
 
 
-class MuonAndAdamW:
-    """Muon for matrices and AdamW for all else, used as one optimizer."""
+MATRICES_AT_ONCE = 32  # of one shape, that Muon stacks for its products on a device
 
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
-        self.parts = (muon, adamw)
-        self.param_groups = muon.param_groups + adamw.param_groups
-        # One dict has the state of every parameter.
-        self.state = muon.state = adamw.state
+
+class Muon:
+    """Muon for the matrices of `groups` and AdamW for all else, used as one optimizer.
+
+    A matrix is stepped as torch.optim.Muon does it (Nesterov, match_rms_adamw), in less time: those of one
+    shape are stacked, and each process orthogonalises its share of them.
+    """
+
+    def __init__(self, groups: list[dict], adamw: torch.optim.AdamW, momentum: float):
+        self.adamw = adamw
+        self.momentum = momentum
+        self.groups = groups
+        self.param_groups = [*groups, *adamw.param_groups]
+        self.state = adamw.state  # one dict has the state of every parameter
         self.found_inf = None  # set by take_step
 
+    @torch.no_grad()
     def step(self) -> None:
-        # Muon has no found_inf of its own. Asking for it here waits for a GPU, once a step.
-        if not self.found_inf:
-            for part in self.parts:
-                part.step()
+        self.adamw.found_inf = self.found_inf
+        self.adamw.step()
+        for group in self.groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            buffers = [own_shard(momentum_of(self.state, p)) for p in parameters]
+            # Where the step is skipped, the momentum stands in for the gradient, and so stays what it is.
+            skips = self.found_inf.bool()
+            gradients = [own_shard(p.grad) for p in parameters]
+            gradients = [torch.where(skips, *pair) for pair in zip(buffers, gradients, strict=True)]
+            torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
+            updates = torch._foreach_lerp(gradients, buffers, self.momentum)
+            decay = torch.where(skips, 1.0, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_([own_shard(p) for p in parameters], decay)
+
+            by_shape = {}
+            for p, update in zip(parameters, updates, strict=True):
+                by_shape.setdefault(p.shape, []).append((p, update))
+            for shape, pairs in by_shape.items():
+                scale = -0.2 * max(shape) ** 0.5 * group["lr"]
+                at_once = MATRICES_AT_ONCE * WORLD_SIZE // replicas
+                for first in range(0, len(pairs), at_once):
+                    some, updates = zip(*pairs[first : first + at_once], strict=True)
+                    # torch.optim.Muon too begins in bfloat16.
+                    stack = torch.stack([update.bfloat16() for update in updates]) * ~skips
+                    steps = orthogonalise_together(stack, some[0])
+                    torch._foreach_add_([own_shard(p) for p in some], [*steps], alpha=scale)
 
     def zero_grad(self, set_to_none: bool) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none)
+        self.adamw.zero_grad(set_to_none)
+        for p in (p for group in self.groups for p in group["params"]):
+            p.grad = None
+
+
+def momentum_of(state: dict, p: torch.Tensor) -> torch.Tensor:
+    return state[p].setdefault("momentum_buffer", torch.zeros_like(p.detach()))
+
+
+def orthogonalise_together(stack: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """Orthogonalises matrices of the shape of p, every process its share; stack [n, rows here, columns].
+
+    Under ddp every process has the whole matrices, and gets the results of all. Under fsdp it has some rows
+    of each: it sends those of a matrix to the process whose share that is, and gets its rows of the result.
+    """
+    if WORLD_SIZE == 1:
+        return orthogonalise(stack)
+    group = p.device_mesh.get_group("shard") if parallel == "fsdp" else dist.group.WORLD
+    processes = group.size()
+    count, rows_here, columns = stack.shape
+    share = -(-count // processes)  # rounded up
+    if parallel == "ddp":
+        mine = orthogonalise(stack[RANK * share :][:share])
+        mine = F.pad(mine, (0, 0, 0, 0, 0, share - len(mine)))
+        every = stack.new_empty(processes * share, rows_here, columns)
+        dist.all_gather_into_tensor(every, mine, group)
+        return every[:count]
+    # As FSDP cuts a matrix, the last shards can have fewer rows: all are filled up to the first one's.
+    rows = -(-p.shape[0] // processes)
+    shards = F.pad(stack, (0, 0, 0, rows - rows_here, 0, processes * share - count))
+    mine = torch.empty_like(shards)  # [process, matrix, row, column]
+    dist.all_to_all_single(mine, shards, group=group)
+    whole = mine.unflatten(0, (processes, share)).transpose(0, 1).flatten(1, 2)
+    whole = orthogonalise(whole[:, : p.shape[0]])
+    whole = F.pad(whole, (0, 0, 0, processes * rows - p.shape[0]))
+    mine = whole.unflatten(1, (processes, rows)).transpose(0, 1).contiguous()
+    dist.all_to_all_single(shards, mine.flatten(0, 1), group=group)
+    return shards[:count, :rows_here]
+
+
+def orthogonalise(x: torch.Tensor) -> torch.Tensor:
+    """Nearly U V^T of matrices U S V^T [n, rows, columns]: five Newton-Schulz iterations (Keller Jordan)."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonalise(x.mT).mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, gram, x, beta=3.4445)
+    return x
 
 
 def is_for_muon(name: str, p: torch.Tensor) -> bool:
@@ -464,7 +510,7 @@ def is_for_muon(name: str, p: torch.Tensor) -> bool:
     return optimizer == "muon" and p.ndim == 2 and name not in ("embedding", "head")
 
 
-def make_optimizer(model) -> torch.optim.AdamW | MuonAndAdamW:
+def make_optimizer(model) -> torch.optim.AdamW | Muon:
     """The optimizer that the options say; a group's "rate" is its learning rate over `learning_rate`."""
     groups = {"muon": {}, "adamw": {}}
     for name, p in trained_parameters(model).items():
@@ -472,18 +518,12 @@ def make_optimizer(model) -> torch.optim.AdamW | MuonAndAdamW:
         rate = 1.0
         if free_learning_rate is not None and teacher is not None and models.is_free(name):
             rate = free_learning_rate / learning_rate
-        group = {"params": [], "weight_decay": decay, "rate": rate}
+        group = {"params": [], "weight_decay": decay, "rate": rate, "lr": learning_rate}
         kind = "muon" if is_for_muon(name, p) else "adamw"
         group = groups[kind].setdefault((decay, rate), group)
         group["params"].append(p)
     adamw = torch.optim.AdamW(groups["adamw"].values(), learning_rate, (beta1, beta2), fused=True)
-    if not groups["muon"]:
-        return adamw
-    # Scaled to about the size of AdamW's step, so that one schedule serves both.
-    muon = torch.optim.Muon(
-        groups["muon"].values(), learning_rate, momentum=momentum, adjust_lr_fn="match_rms_adamw"
-    )
-    return MuonAndAdamW(muon, adamw)
+    return Muon([*groups["muon"].values()], adamw, momentum) if groups["muon"] else adamw
 
 
 def learning_rate_at(step: int, steps: int) -> float:
@@ -551,9 +591,9 @@ def backward_step(model, make_weights, blocks, step: int, device: torch.device) 
     """
     size, passes = split_batch()
     sums = {}
-    weights = make_weights()
-    holds = passes > 1 or isinstance(model, FSDPModule)
-    shared = models.hold(weights, accumulate=passes > 1) if holds else weights
+    weights = make_weights(model.dtype)
+    holds = passes > 1 or parallel == "fsdp"
+    shared = hold(weights, accumulate=passes > 1) if holds else weights
     labels = blocks.count_labels(step * global_batch_size, global_batch_size)
     for i in range(passes):
         first = step * global_batch_size + (i * WORLD_SIZE + RANK) * size
@@ -563,8 +603,44 @@ def backward_step(model, make_weights, blocks, step: int, device: torch.device) 
         add(sums, metrics)
     if holds:
         release(model, weights, shared)
-    reshard_root(model)
     return sums
+
+
+def hold(weights: dict, accumulate: bool) -> dict:
+    """The same tree of weights as leaves of their own. accumulate: gradients of several batches add up on
+    them, in float32 at least; else they keep the weights' dtype, to which they are cast in the end."""
+
+    def leaf(weight: torch.Tensor) -> torch.Tensor:
+        held = weight.detach().requires_grad_(weight.requires_grad)
+        if held.requires_grad and accumulate:
+            held.grad_dtype = torch.promote_types(weight.dtype, torch.float32)
+        return held
+
+    return tree_map(leaf, weights)
+
+
+def release(model, weights: dict, held: dict) -> None:
+    """Takes the gradients gathered on `held` back to what is trained, the layers from the last to the first.
+
+    A unit of layers at a time: a gradient is freed once taken, and under FSDP the gradients of one unit are
+    sent while those of the next are computed. Both trees are used up.
+    """
+    layers = weights.pop("layers")
+    held_layers = held.pop("layers")
+    for first in reversed(range(0, len(layers), LAYERS_OF_A_UNIT)):
+        # What belongs to no layer goes with the last unit.
+        parts = tree_leaves((weights, layers[first:]))
+        leaves = tree_leaves((held, held_layers[first:]))
+        pairs = [pair for pair in zip(parts, leaves, strict=True) if pair[1].grad is not None]
+        gradients = [leaf.grad.to(part.dtype) for part, leaf in pairs]
+        for leaf in leaves:
+            leaf.grad = None
+        if parallel == "fsdp":
+            # Before the last one, FSDP must not wait for what it still sends, nor forget what it gathers.
+            model.set_is_last_backward(first == 0)
+        torch.autograd.backward([part for part, _ in pairs], gradients)
+        del layers[first:], held_layers[first:]
+        weights, held = {}, {}
 
 
 def take_step(optimizer, parameters: list[torch.Tensor]) -> torch.Tensor:
@@ -606,9 +682,8 @@ def averages(sums: dict[str, torch.Tensor], steps: int) -> dict[str, float | dic
 @torch.no_grad()
 def evaluate(model, heldout: Mixture, device: torch.device) -> dict:
     """Means over the first eval_blocks held-out blocks, shared among the ranks; losses at T = 1."""
-    clone = isinstance(model, models.LowRankClone)
-    at_temperature_1 = {"temperature": 1.0} if clone else {}
-    weights = model()
+    at_temperature_1 = {"temperature": 1.0} if isinstance(model, models.LowRankClone) else {}
+    weights = model(model.dtype)
     sums = {}
     blocks = min(eval_blocks, heldout.total)
     labels = heldout.count_labels(0, blocks)
@@ -625,10 +700,6 @@ def evaluate(model, heldout: Mixture, device: torch.device) -> dict:
         )
         add(sums, metrics, int(is_real))
     result = averages(sums, 1)
-    if clone:
-        ids = heldout.batch(0, min(2, blocks)).ids
-        result |= model.effective_ranks(models.to_device(ids, device), weights)
-    reshard_root(model)
     return {f"val_{name}": value for name, value in result.items() if name != "loss"}
 
 
@@ -686,14 +757,15 @@ def optimizer_state(model, optimizer) -> dict[str, torch.Tensor]:
     """{parameter.exp_avg and so on: the optimizer's own tensors}, zeros before its first step."""
     names = {p: name for name, p in trained_parameters(model).items()}
     state = {}
-    for group in optimizer.param_groups:
-        is_muon = "momentum" in group
+    for group in getattr(optimizer, "groups", ()):
+        for p in group["params"]:
+            state[f"{names[p]}.momentum_buffer"] = momentum_of(optimizer.state, p)
+    for group in getattr(optimizer, "adamw", optimizer).param_groups:
         for p in group["params"]:
             values = optimizer.state[p]
-            for key in ("momentum_buffer",) if is_muon else ("exp_avg", "exp_avg_sq"):
+            values.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
+            for key in ("exp_avg", "exp_avg_sq"):
                 state[f"{names[p]}.{key}"] = values.setdefault(key, torch.zeros_like(p.detach()))
-            if not is_muon:
-                values.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
     return state
 
 
@@ -701,6 +773,8 @@ def save_checkpoint(
     model, optimizer, step: int, tokenizer_dir: str | None, teacher_print: str | None
 ) -> Path:
     """out_dir/step_00001000, renamed from another name when whole; OSError on every rank where one fails."""
+    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
+
     path = Path(out_dir) / f"step_{step:08d}"
     partial = path.with_name(path.name + ".partial")
     error = None
@@ -722,7 +796,7 @@ def save_checkpoint(
             writer = HuggingFaceStorageWriter(str(partial / "trainer"), save_distributed=True)
             with warnings.catch_warnings():  # that one process is alone is no news
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                save_distributed(moments, storage_writer=writer, no_dist=WORLD_SIZE == 1)
+                save(moments, storage_writer=writer, no_dist=not dist.is_initialized())
         except (OSError, SafetensorError, CheckpointException) as failure:
             error = failure
     if on_any_rank(error is not None):
@@ -760,10 +834,13 @@ def read_state(path: Path) -> dict:
 
 def load_optimizer(path: Path, model, optimizer, steps: int) -> None:
     """Takes the optimizer's state from a checkpoint of any number of ranks, ddp or fsdp."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
     reader = HuggingFaceStorageReader(str(path / "trainer"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        load_distributed(optimizer_state(model, optimizer), storage_reader=reader, no_dist=WORLD_SIZE == 1)
+        state = optimizer_state(model, optimizer)
+        load(state, storage_reader=reader, no_dist=not dist.is_initialized())
     for values in optimizer.state.values():
         if "step" in values:
             values["step"].fill_(steps)

@@ -84,7 +84,7 @@ def test_clone_losses_compare_the_layers_and_neurons_that_are_kept():
     x = teacher.embedding[ids]
     rope = model.rope_table(teacher.config, torch.arange(10))
     for layer in teacher.layers:
-        x, a = model.block(x, layer.weights(torch.float32), teacher.config, rope)
+        x, a = model.block(x, layer(torch.float32), teacher.config, rope)
         hidden = torch.nn.functional.silu(a["gate"]) * a["up"]
         energies.append(hidden.square().sum((0, 1)) * layer.down.square().sum(0))
     for kept, layer in zip((0, 2), clone.layers, strict=True):
@@ -99,7 +99,7 @@ def test_clone_losses_are_scaled_by_the_layer_beside_which_the_student_stands():
         clone = random_clone(teacher, student_layers=(1, 2), clone_scale=scale)
         clone.calibrate(ids)
         terms[scale] = clone.loss(ids, labels)["terms"]
-    walk = model.walk(teacher(), ids, teacher.config)
+    walk = model.walk(teacher(torch.float32), ids, teacher.config)
     activations = [a for _, a in walk][1:]
     for name, values in terms["none"].items():
         squares = torch.stack([activations[k][name].square().mean() for k in (1, 2)])

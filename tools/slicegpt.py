@@ -59,7 +59,7 @@ def slice_model(teacher, ids: torch.Tensor, held: int, width: int) -> torch.Tens
     basis = slicer.basis(x)
     z = x @ basis  # [N, T, d_S], the stream in this basis
     for layer in tqdm(teacher.layers, desc="slicing", unit="layer"):
-        w = layer.weights(torch.float32)
+        w = layer(torch.float32)
         # Attention.
         read = w["input_norm"][:, None] * basis
         normed = slicer.normed(z, d_t)
