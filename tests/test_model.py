@@ -1,6 +1,7 @@
 """model.py against the authors' numbers, transformers, and the formulas written out."""
 
 import dataclasses
+import functools
 import inspect
 import json
 import shutil
