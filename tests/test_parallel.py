@@ -285,6 +285,63 @@ def test_saves_outlive_a_later_checkpoint_that_is_damaged(work, teacher, corpus,
     assert [path.name for path in sorted(out.glob("step_*"))] == ["step_00000015", "step_00000020"]
 
 
+MUON = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+import torch
+import train
+
+train.parallel, train.replicas, train.device, train.dtype = sys.argv[1], int(sys.argv[2]), "cpu", "float32"
+train.MATRICES_AT_ONCE = 2  # several stacks of each shape
+device = train.start_device()
+torch.manual_seed(1)
+# rows that three processes, or four, do not divide, and fewer rows than processes
+shapes = [(7, 5)] * 9 + [(5, 7)] * 4 + [(8, 8)] * 2 + [(2, 6)] * 3
+whole = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+gradients = [[torch.randn_like(p) for p in whole] for _ in range(2)]
+
+class Matrices(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList()
+        self.matrices = torch.nn.ParameterList(p.detach().clone() for p in whole)
+
+model = Matrices()
+if train.parallel == "fsdp":
+    train.distribute(model, device)
+ours = list(model.parameters())
+groups = [{"params": ours, "weight_decay": 0.1, "rate": 1.0, "lr": 0.02}]
+muon = train.Muon(groups, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], fused=True), 0.95)
+expected = torch.optim.Muon(whole, 0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+for step in (0, 1, 2):
+    muon.found_inf = torch.tensor(float(step == 1))
+    for p, q, gradient in zip(ours, whole, gradients[step // 2], strict=True):
+        if train.parallel == "fsdp":
+            shards = torch.distributed.tensor.distribute_tensor(gradient, p.device_mesh, p.placements)
+        q.grad, p.grad = gradient, shards if train.parallel == "fsdp" else gradient.clone()
+        if step == 1:
+            p.grad = p.grad * float("nan")
+    muon.step()
+    if step != 1:
+        expected.step()
+# every process asks for every matrix, and has the rest to itself
+same = [torch.equal(train.unshard(p.detach()), q) for p, q in zip(ours, whole, strict=True)]
+assert all(same), (train.RANK, same)
+train.barrier()
+train.print0("the same")
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("parallel", "processes", "replicas"), [("ddp", 3, 1), ("fsdp", 3, 1), ("fsdp", 4, 2), ("fsdp", 1, 1)]
+)
+def test_muon_is_torchs_to_the_bit_on_any_number_of_processes(parallel, processes, replicas, work):
+    """Each orthogonalises its share of the matrices; a step whose gradient is not finite changes nothing."""
+    (work / "muon.py").write_text(MUON)
+    assert "the same" in train(processes, parallel, replicas, script=str(work / "muon.py"))
+
+
 SIGNS = """
 import os, runpy, sys
 sys.path.insert(0, os.getcwd())
