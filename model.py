@@ -1045,9 +1045,8 @@ def init_clone(
     """Sets projections, norms and free weights; the same for the same seed, covariance (calibrate()'s) and
     ids [N, T] (for least_squares, whose layers `progress` goes over, which may show a bar).
 
-    "random": N(0, 0.02) and ones, as the authors' code. "orthogonal": orthonormal columns and ones. "channel"
-    (after arXiv 2605.29327) and "pca": the student's stream is the teacher's in one basis U [d_T, d_S], the
-    channels or the principal directions with most of its energy. "least_squares": see init_least_squares.
+    "random": N(0, 0.02) and ones, as the authors' code. "pca": the student's stream is the teacher's in one
+    basis U [d_T, d_S], the directions with most of its energy. "least_squares": see init_least_squares.
     Free weights beside projections stay at zero; alone, they start as what a clone of both would compose.
     """
     if not clone.composes:
@@ -1062,20 +1061,9 @@ def init_clone(
     for name, weight in clone.trained().items():
         if name.endswith("norm"):
             nn.init.ones_(weight)
-        elif "projection" not in name:
-            continue  # free weights, and what an experiment adds, stay as they were made
-        elif init == "orthogonal":
-            gaussian = torch.empty(weight.shape).normal_(generator=generator)
-            weight.data.copy_(torch.linalg.qr(gaussian).Q)
-        else:
+        elif "projection" in name:  # free weights, and what an experiment adds, stay as they were made
             weight.data.copy_(torch.empty(weight.shape).normal_(0.0, 0.02, generator=generator))
-    if init == "channel":
-        channels = covariance.diagonal().topk(clone.config.hidden_size).indices.sort().values
-        basis = F.one_hot(channels, len(covariance)).T.double()
-        init_from_basis(clone, basis, covariance, torch.ones_like(covariance[0]))
-        if clone.head_projection is None:
-            clone.norm.data.copy_(clone.norm.data / rms(clone.teacher.norm) * clone.teacher.norm[channels])
-    elif init in ("pca", "least_squares"):
+    if init != "random":
         balance = torch.ones_like(clone.teacher.norm.double())
         if clone.head_projection is None:
             # The head's projection is the embedding's: half of the final norm's weight goes into either.

@@ -29,7 +29,7 @@ model_config: dict | str | None = None  # shape of a plain LM: config.json's fie
 init_from: str | None = None  # start: a clone's checkpoint; with train=weights or no teacher also any model
 tokenizer: str | None = None  # directory whose tokenizer goes into the checkpoints; None: the teacher's
 calibration_tokens = 16384  # tokens on which the teacher is looked at before training
-init: Literal["random", "orthogonal", "channel", "pca", "least_squares"] = "pca"  # start; paper: random
+init: Literal["random", "pca", "least_squares"] = "pca"  # start; paper: random
 share_qkv = False  # one projection for q, k and v, and one clone loss on their input in place of three
 share_gate_up = False  # one projection for gate and up, likewise
 tie_head_projection = True  # one projection for embedding and LM head
@@ -203,8 +203,7 @@ def on_any_rank(flag: bool) -> bool:
 
 
 def barrier() -> None:
-    if WORLD_SIZE > 1:
-        on_any_rank(False)
+    on_any_rank(False)
 
 
 def from_rank_0(tensors: list[torch.Tensor]) -> None:
@@ -370,11 +369,7 @@ def open_data(vocab_size: int, tokenizer_dir: str | None) -> tuple[Mixture, Mixt
 
 
 def needs_calibration() -> bool:
-    return (
-        clone_scale == "teacher"
-        or init in ("channel", "pca", "least_squares")
-        or student_intermediate_size is not None
-    )
+    return clone_scale == "teacher" or init != "random" or student_intermediate_size is not None
 
 
 def start_weights(model, train_data: Mixture, checkpoint_path: Path | None, device: torch.device) -> None:
@@ -422,6 +417,8 @@ class Muon:
         self.param_groups = [*groups, *adamw.param_groups]
         self.state = adamw.state  # one dict has the state of every parameter
         self.found_inf = None  # set by take_step
+        for p in (p for group in groups for p in group["params"]):
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p.detach())
 
     @torch.no_grad()
     def step(self) -> None:
@@ -429,7 +426,7 @@ class Muon:
         self.adamw.step()
         for group in self.groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            buffers = [own_shard(momentum_of(self.state, p)) for p in parameters]
+            buffers = [own_shard(self.state[p]["momentum_buffer"]) for p in parameters]
             # Where the step is skipped, the momentum stands in for the gradient, and so stays what it is.
             skips = self.found_inf.bool()
             gradients = [own_shard(p.grad) for p in parameters]
@@ -456,10 +453,6 @@ class Muon:
         self.adamw.zero_grad(set_to_none)
         for p in (p for group in self.groups for p in group["params"]):
             p.grad = None
-
-
-def momentum_of(state: dict, p: torch.Tensor) -> torch.Tensor:
-    return state[p].setdefault("momentum_buffer", torch.zeros_like(p.detach()))
 
 
 def orthogonalise_together(stack: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
@@ -759,7 +752,7 @@ def optimizer_state(model, optimizer) -> dict[str, torch.Tensor]:
     state = {}
     for group in getattr(optimizer, "groups", ()):
         for p in group["params"]:
-            state[f"{names[p]}.momentum_buffer"] = momentum_of(optimizer.state, p)
+            state[f"{names[p]}.momentum_buffer"] = optimizer.state[p]["momentum_buffer"]
     for group in getattr(optimizer, "adamw", optimizer).param_groups:
         for p in group["params"]:
             values = optimizer.state[p]

@@ -203,7 +203,11 @@ def random_teacher(dtype: torch.dtype) -> models.Llama:
 def random_clone(dtype: torch.dtype) -> models.LowRankClone:
     student = models.StudentConfig(64, False, False, True, 1e-5)
     clone = models.LowRankClone(random_teacher(dtype), student, PAPER)
-    return models.init_clone(clone, 1, "orthogonal").to(device)
+    models.init_clone(clone, 1, "random")
+    for name, p in clone.trained().items():
+        if "projection" in name:  # columns of about length 1, so that the student is as loud as the teacher
+            p.data.mul_(1 / (0.02 * SHAPE["hidden_size"] ** 0.5))
+    return clone.to(device)
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

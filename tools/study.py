@@ -22,7 +22,7 @@ base = (
 )
 # fmt: off
 variants: tuple = (  # files of config/study, in the table's order
-    "scratch", "paper", "paper_t1", "no_clone_random", "init_random", "init_orthogonal", "init_channel",
+    "scratch", "paper", "paper_t1", "no_clone_random", "init_random",
     "scale_none", "temperature_40", "no_clone", "no_ffn", "no_attention", "rate_1e_3", "ours",
 )
 # fmt: on

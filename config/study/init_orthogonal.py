@@ -1,3 +1,0 @@
-"""Ours from random orthogonal projections."""
-
-init = "orthogonal"
