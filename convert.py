@@ -37,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from configurator import FIRST
+from configurator import FIRST, fail, read_json, write_json
 from model import Llama, LossConfig, LowRankClone, ModelConfig, StudentConfig, is_free, start_from_clone
 
 # Our name of each weight of a layer -> its name in a Hugging Face checkpoint, under "model.layers.{i}."
@@ -196,18 +196,6 @@ def weight_names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
 # ---- files
 
 
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
-
-
 def read_config(path: str | Path) -> ModelConfig:
     """The config of a Hugging Face directory; ValueError when there is none or it is not supported."""
     path = Path(path)
@@ -363,10 +351,6 @@ def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
         raise OSError(f"{file} could not be written: {error}") from None
     # safetensors lets only the owner read what it writes
     shutil.copymode(file.with_name("config.json"), file)
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 PROJECTIONS_FILE = "projections.safetensors"

@@ -48,7 +48,6 @@ import functools
 import glob
 import gzip
 import hashlib
-import importlib
 import io
 import itertools
 import json
@@ -70,8 +69,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tqdm import tqdm
+
+from configurator import fail, need, read_json, show, write_json
 
 FORMAT = 2
 HEADER = 128  # bytes before the values of a one-dimensional .npy file
@@ -81,45 +82,75 @@ LONGEST_TEXT = 2**24  # bytes in which a .txt file is one document; a longer one
 LONGEST_ROW = 2**26  # bytes in which a line, or the array of a .json file, must end
 OPEN_ARRAYS = 256  # shard files open at a time, of the 1024 that a process may have on many systems
 PAD_TO = 128  # tokens to whose multiple a batch of SFT rows is padded: a new length costs a GPU a new plan
+SAID_TOO = ("tool_calls", "reasoning_content")  # what an assistant can say beside content
 CUT = "\ufdd0"  # put into a special token's string that a chat spells out; Unicode keeps it for such uses
 MARK = "\ufdd1"  # put in place of what an assistant says, to find where the template writes it
+BOM = b"\xef\xbb\xbf"  # a byte order mark, which is no content
 PREFIX = {"tokens": "", "heldout": "heldout_"}  # of the files of each split
 PARQUET_ERRORS = (OSError, ValueError, NotImplementedError)  # that pyarrow raises of a damaged file
-ARRAY_TOO_LONG = (
-    "a JSON array over 64 MB; give its rows as .jsonl or .parquet, which the hub converts data sets to"
-)
+ARRAY_TOO_LONG = "a JSON array over 64 MB; give its rows as .jsonl or .parquet, as the hub converts them"
 STDLIB = Path(os.__file__).parent
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory, by all of its files; ValueError where they contradict."""
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"{file} does not exist; a tokenizer is a Hugging Face directory with that file")
     try:
-        model = Tokenizer.from_file(str(file))
+        model = Tokenizer.from_str(file.read_text(encoding="utf-8-sig"))
     except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(f"{file} is not a tokenizer: {error}") from None
     # A file can carry the length limit of whoever saved it.
     model.no_truncation()
     model.no_padding()
+    config = tokenizer_config(path)
+    for i, token in sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0])):
+        model.add_tokens([AddedToken(**token)])
+        if (found := model.token_to_id(token["content"])) != int(i):
+            raise ValueError(f"{path} contradicts itself: {token['content']!r} is token {i} and {found}")
+    for name in ("bos_token", "eos_token"):
+        if config.get(name) and model.token_to_id(config[name]) is None:
+            raise ValueError(f"{path} names {config[name]!r} as its {name}, but no file there has that token")
+    # What is named special is special. Without an id it gets the next one, as in transformers, if it can be
+    # a template's mark; a pad_token and its like are in no text.
+    named = [config[name] for name in config if name.endswith("_token") and config[name]]
+    named = [token for token in named if model.token_to_id(token) is not None]
+    added = {token.content: token for token in model.get_added_tokens_decoder().values()}
+    for token in [*named, *config["additional_special_tokens"]]:
+        model.add_special_tokens([added.get(token) or AddedToken(token, special=True, normalized=False)])
     return model
 
 
 def tokenizer_config(path: str | Path) -> dict:
-    """tokenizer_config.json, special tokens as plain strings."""
-    file = Path(path) / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    for name, value in config.items():
-        if name.endswith("_token") and isinstance(value, dict):
-            config[name] = value["content"]
-    return config
+    """What the files beside tokenizer.json say: tokenizer_config.json's fields, with tokens as strings."""
+    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    files = [Path(path) / name for name in names]
+    config, special, ids = (read_json(file) if file.is_file() else {} for file in files)
+    # transformers lets the other two files win, or passes over them where there is an added_tokens_decoder.
+    config = special | config if "added_tokens_decoder" in config else config | special
+    more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+
+    def content(token) -> str | None:
+        token = token.get("content") if isinstance(token, dict) else token
+        return token if isinstance(token, str) else None  # add_bos_token and the like are no tokens
+
+    config |= {name: content(token) for name, token in config.items() if name.endswith("_token")}
+    more = more.values() if isinstance(more, dict) else more
+    config["additional_special_tokens"] = [content(token) for token in more]
+    decoder = {i: {"content": name, "normalized": name not in config.values()} for name, i in ids.items()}
+    return {"added_tokens_decoder": decoder} | config
 
 
 def special_ids(tokenizer: Tokenizer, path: str | Path) -> tuple[list[int], int | None]:
-    """(ids the tokenizer itself puts before a text, EOS id by tokenizer_config.json)."""
+    """(ids the tokenizer itself puts before a text, EOS id by its directory's files).
+
+    transformers 5 passes over add_bos_token where there is a tokenizer.json, and so does this; 4.51 did not.
+    """
     eos = tokenizer_config(path).get("eos_token")
-    eos_id = None if eos is None else tokenizer.token_to_id(eos)
-    return [i for i in tokenizer.encode("").ids if i != eos_id], eos_id
+    encoded = tokenizer.encode("a")
+    before = [*encoded.sequence_ids, 0].index(0)
+    return encoded.ids[:before], None if eos is None else tokenizer.token_to_id(eos)
 
 
 def special_pattern(tokenizer: Tokenizer) -> re.Pattern:
@@ -129,9 +160,13 @@ def special_pattern(tokenizer: Tokenizer) -> re.Pattern:
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
-def break_specials(special: re.Pattern, text: str) -> str:
-    """The text, with CUT in every special token's string that it spells out."""
-    return special.sub(lambda match: match[0][0] + CUT + match[0][1:], text)
+def break_specials(special: re.Pattern, value):
+    """A text, or an object with texts in it, with CUT in every special token's string that it spells out."""
+    if isinstance(value, str):
+        return special.sub(lambda match: match[0][0] + CUT + match[0][1:], value)
+    if isinstance(value, dict):
+        return {key: break_specials(special, member) for key, member in value.items()}
+    return [break_specials(special, member) for member in value] if isinstance(value, list) else value
 
 
 def puts_space_first(tokenizer: Tokenizer) -> bool:
@@ -189,25 +224,20 @@ def vocabulary_hash(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
-def need(module: str, why: str | Path):
-    """An optional package's module; ValueError says what to install."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise ValueError(f"{why} needs the package {package}: pip install {package}") from None
-
-
 @functools.cache
 def chat_template(path: str | Path) -> Callable[..., str]:
     """The chat template in a tokenizer's directory as a function of messages, set up as transformers does."""
+    files = {file.stem: file for file in Path(path).glob("additional_chat_templates/*.jinja")}
+    files["default"] = Path(path) / "chat_template.jinja"
+    sources = {name: file.read_text(encoding="utf-8-sig") for name, file in files.items() if file.is_file()}
     config = tokenizer_config(path)
-    file = Path(path) / "chat_template.jinja"
-    source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
     # A tokenizer can have several by name, as for tools or for retrieval.
-    if isinstance(source, list):
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    if source is None:
+    sources = sources or config.get("chat_template") or {}
+    if isinstance(sources, list):
+        sources = {entry["name"]: entry["template"] for entry in sources}
+    if isinstance(sources, str):
+        sources = {"default": sources}
+    if "default" not in sources:
         raise ValueError(f"{path} has no chat template, in chat_template.jinja or tokenizer_config.json")
     sandbox = need("jinja2.sandbox", f"the chat template of {path}")
 
@@ -217,23 +247,33 @@ def chat_template(path: str | Path) -> Callable[..., str]:
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+        text = json.dumps(value, ensure_ascii=ensure_ascii, **options)
+        # Escaped, CUT and MARK would be content.
+        return re.sub(r"\\ufdd[01]", lambda match: json.loads(f'"{match[0]}"'), text)
+
+    environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
     # A fixed day, the one Llama's templates fall back to: shards must not depend on when they were made.
     environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
-    # {% generation %} only marks what the assistant says; as an `if` it keeps its whitespace control.
-    source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
-    source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
-    try:
-        template = environment.from_string(source)
-    except Exception as error:  # jinja2 is imported only by need
-        raise ValueError(f"the chat template of {path} is broken: {error}") from None
-    fixed = {name: value for name, value in config.items() if name.endswith("_token")}
-    fixed |= {"tools": None, "documents": None, "add_generation_prompt": False}
-
-    def render(messages: list[dict], **options) -> str:
+    templates = {}
+    for name, source in sources.items():
+        # {% generation %} only marks what the assistant says; as an `if` it keeps its whitespace control.
+        source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
+        source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
         try:
-            return template.render(messages=messages, **fixed | options)
+            templates[name] = environment.from_string(source)
+        except Exception as error:  # jinja2 is imported only by need
+            raise ValueError(f"the chat template of {path} is broken: {error}") from None
+    fixed = {name: token for name, token in config.items() if name.endswith("_token") and token}
+    fixed |= {"documents": None, "add_generation_prompt": False}
+
+    def render(messages: list[dict], tools: list[dict] | None = None, **options) -> str:
+        name = "tool_use" if tools is not None and "tool_use" in templates else "default"
+        try:
+            return templates[name].render(messages=messages, tools=tools, **fixed | options)
         except Exception as error:  # whatever a template does not like about a chat
             raise ValueError(f"the chat template: {error}") from None
 
@@ -271,7 +311,12 @@ def find_files(input: str | list[str]) -> list[Path]:
     for pattern in [input] if isinstance(input, str) else input:
         if not isinstance(pattern, str):
             raise ValueError(f"input has {pattern!r} in it, which is no file or glob; several are ('a', 'b')")
-        matches = sorted(Path(f) for f in glob.glob(pattern, recursive=True) if os.path.isfile(f))
+        # What is there is meant as it is written, brackets and stars too; what is not is a glob.
+        there = pattern
+        while there and not os.path.exists(there):
+            there = os.path.dirname(there)
+        pathname = glob.escape(there) + pattern[len(there) :]
+        matches = sorted(Path(f) for f in glob.glob(pathname, recursive=True) if os.path.isfile(f))
         if not matches:
             raise ValueError(f"input {pattern} matches no file")
         files += matches
@@ -286,7 +331,7 @@ def columns_of(settings: dict) -> set[str]:
 
 
 def begins_array(stream) -> bool:
-    return stream.peek(BLOCK).lstrip().startswith(b"[")
+    return stream.peek(BLOCK).removeprefix(BOM).lstrip().startswith(b"[")
 
 
 def split_file(file: Path, settings: dict) -> Iterator[Part]:
@@ -394,18 +439,25 @@ def open_parquet(file: Path):
 def read_row_group(file: Path, group: int, settings: dict) -> Iterator[tuple[int, dict | ValueError]]:
     parquet = open_parquet(file)
     wanted = columns_of(settings) | {settings["score_key"], settings["score_key"].split(".")[0]}
-    columns = [name for name in parquet.schema_arrow.names if name in wanted]
+    columns = [name for name in parquet.schema_arrow.names if name in wanted | {"tools"}]
     number = 0
     try:
         # The other cores have workers of their own.
         for batch in parquet.iter_batches(256, [group], columns, use_threads=False):
             for row in batch.to_pylist():
                 number += 1
-                yield number, row
+                yield number, drop_nulls(row)
     except PARQUET_ERRORS as error:
         # What was read of the group before the damage is kept.
         lost = parquet.metadata.row_group(group).num_rows - number
         yield number + 1, ValueError(f"{lost} rows lost: {error}".replace("\n", " "))
+
+
+def drop_nulls(value):
+    """An object without the keys that are null: Arrow gives all structs of a column the keys of each."""
+    if isinstance(value, dict):
+        return {key: drop_nulls(member) for key, member in value.items() if member is not None}
+    return [drop_nulls(member) for member in value] if isinstance(value, list) else value
 
 
 def open_stream(file: Path, compression: str | None):
@@ -434,6 +486,8 @@ def read_part(part: Part, settings: dict) -> Iterator[tuple[str, object]]:
                     yield f"{file}: row {number}", row
                 return
             for offset, span in read_spans(stream, part, LONGEST_TEXT if kind in ("txt", "py") else 0):
+                if offset == 0 and isinstance(span, bytes):
+                    span = span.removeprefix(BOM)
                 # Blank lines stand between rows or at the end.
                 if isinstance(span, ValueError) or span.strip():
                     yield f"{file}: byte {offset}", span
@@ -475,59 +529,90 @@ class Encoder:
             self.dtypes["mask"] = "uint8"
             chat_template(settings["tokenizer"])
 
-    def encode_chat(self, turns: list[dict]) -> tuple[str, list[int], list[bool]]:
+    def encode_chat(self, turns: list[dict], tools) -> tuple[str, list[int], list[bool]]:
         """(rendered text, ids, loss mask: the assistant's turns, each with the special token that ends it).
 
         The chat is rendered a second time, with MARK as what the assistant says. Between special tokens, of
         which the turns themselves have none by CUT, a turn is where the two differ; so it is found whatever
         the template adds, trims or leaves out. What both have stays out: the empty <think> block that Qwen3
-        puts before the last answer, part of the prompt when it answers. A thought that it keeps is in.
+        puts before the last answer, part of the prompt when it answers. A thought that it keeps is in. Turns
+        of more than content, such as tool_calls, are found by turn_bounds.
         """
+        if not isinstance(tools or [], list) or not all(isinstance(tool, dict) for tool in tools or []):
+            raise ValueError("its tools are no list of objects")
         chat = []
         marked = []
+        longer = []
         # Chats come as messages of role and content, and as conversations of from and value.
         for turn in turns:
+            turn = {key: value for key, value in turn.items() if value is not None}
             role = turn.get("role", turn.get("from"))
-            content = turn.get("content", turn.get("value"))
-            if not isinstance(role, str) or not isinstance(content, str) or MARK in content:
+            role = turn["role"] = {"human": "user", "gpt": "assistant"}.get(role, role)
+            if "value" in turn:
+                turn.setdefault("content", turn["value"])
+            says_more = role == "assistant" and any(turn.get(key) for key in SAID_TOO)
+            content = turn.get("content", "" if says_more else None)
+            if not isinstance(role, str) or not isinstance(content, str):
                 raise ValueError("a turn without a role (from) or without text as its content (value)")
-            role = {"human": "user", "gpt": "assistant"}.get(role, role)
-            content = break_specials(self.special, content)
-            chat.append({**turn, "role": role, "content": content})
-            marked.append({**chat[-1], "content": MARK if role == "assistant" else content})
-        render = chat_template(self.settings["tokenizer"])
+            turn = break_specials(self.special, turn)
+            if says_more:
+                longer.append(len(chat))
+            chat.append(turn)
+            marked.append({**turn, "content": MARK} if role == "assistant" and not says_more else turn)
+        template = chat_template(self.settings["tokenizer"])
+        render = functools.partial(template, tools=break_specials(self.special, tools))
+        whole = render(chat)
         # Lists of text, special token, text, …, of one length if the answers do not change the template.
-        full = self.special.split(render(chat))
+        full = self.special.split(whole)
         skeleton = self.special.split(render(marked))
-        if full[1::2] != skeleton[1::2]:
+        if MARK in whole or full[1::2] != skeleton[1::2]:
             raise ValueError("the template's special tokens depend on what the assistant says")
 
-        # The whole rendering, each turn of the assistant's between two MARKs.
-        text = ""
-        for piece, pattern, special in zip(full[::2], skeleton[::2], [*full[1::2], ""], strict=True):
+        # Of each turn its first text, what the prompt has of that, and the special token that ends it.
+        bounds = [self.turn_bounds(render, chat, i, full) for i in longer if self.settings["sft"]]
+        for i, pattern in enumerate(skeleton):
             before, mark, after = pattern.partition(MARK)
             if after.strip() and self.settings["sft"]:
                 raise ValueError("the template ends an assistant's turn without a special token")
             if mark:
-                # Up to here the prompt is the same whatever the answer; a turn ends with the token after it.
-                start = len(os.path.commonprefix([piece, before]))  # noqa: RUF071
-                if self.puts_space_first:  # its words begin with their space
-                    start = len(piece[:start].rstrip(" "))
-                text += piece[:start] + MARK + piece[start:] + special + MARK
-            else:
-                text += piece + special
+                bounds.append((i, before, min(i + 1, len(full) - 1)))
+        # The whole rendering, each turn of the assistant's between two MARKs.
+        text = list(full)
+        for first, before, last in bounds:
+            # Up to here the prompt is the same whatever the answer; a turn ends with the token after it.
+            start = len(os.path.commonprefix([full[first], before]))  # noqa: RUF071
+            if self.puts_space_first:  # its words begin with their space
+                start = len(full[first][:start].rstrip(" "))
+            text[last] += MARK
+            text[first] = full[first][:start] + MARK + text[first][start:]
         # A turn by itself: no token reaches over its boundary, as none does when it is generated.
         ids = []
         mask = []
         goes_on = False
-        for i, segment in enumerate(text.split(MARK)):
+        for i, segment in enumerate("".join(text).split(MARK)):
             if self.settings["special_tokens"]:
                 segment = segment.replace(CUT, "")
             new = encode_rendered(self.model, segment, goes_on)
             goes_on = self.special.split(segment)[-1] != ""  # not behind a special token
             ids += new
             mask += [i % 2 == 1] * len(new)
-        return "".join(full).replace(CUT, ""), ids, mask
+        return whole.replace(CUT, ""), ids, mask
+
+    def turn_bounds(self, render: Callable, chat: list[dict], i: int, full: list[str]) -> tuple:
+        """encode_chat's bounds of turn i: from where MARK alone would stand to where a chat up to it ends."""
+        said = {"role": "assistant", "content": MARK}
+        try:
+            opened = self.special.split(render([*chat[:i], said, *chat[i + 1 :]]))
+        except ValueError:  # a template can refuse what follows a turn without calls
+            opened = self.special.split(render([*chat[:i], said]))
+        closed = self.special.split(render(chat[: i + 1]))
+        first = next((k for k, text in enumerate(opened) if MARK in text), len(opened))
+        last = len(closed) - 2
+        if closed[-1].strip() or first > last:
+            raise ValueError("the template ends a turn of tool calls without a special token")
+        if opened[1:first:2] + closed[1::2] != full[1:first:2] + full[1 : last + 1 : 2]:
+            raise ValueError("the template's special tokens up to a turn of tool calls depend on later turns")
+        return first, opened[first].partition(MARK)[0], last
 
     def row(self, row, file: Path) -> tuple[str, list[int], list[bool]] | None:
         """(split, ids, loss mask) of a row; None: filtered out; ValueError says what is wrong with it."""
@@ -553,7 +638,9 @@ class Encoder:
         turns = row.get("messages") or row.get("conversations")
         if turns:
             try:
-                text, ids, mask = self.encode_chat(turns)
+                tools = row.get("tools")
+                tools = json.loads(tools or "null") if isinstance(tools, str) else tools
+                text, ids, mask = self.encode_chat(turns, tools)
             except Exception as error:  # whatever a template does not like about a chat
                 raise ValueError(f"chat: {error}") from None
         elif settings["sft"]:
@@ -590,20 +677,6 @@ def sha256(file: Path) -> str:
         while block := stream.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def write_json(file: Path, value: dict) -> None:
-    """Whole or not at all, whenever process or machine die."""
-    temporary = file.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(json.dumps(value, indent=2) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-
-
-def load_json(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 class ShardWriter:
@@ -669,7 +742,7 @@ def write_unit(number: int, parts: list[Part]) -> dict:
     partial = WORKER["partial"]
     done = partial / f"unit_{number:05d}.json"
     if done.is_file():
-        return load_json(done)
+        return read_json(done)
     writers = {}
     filtered = 0
     bad = []
@@ -709,7 +782,8 @@ def run_units(units: list[list[Part]], workers: int, worker: dict) -> list[dict]
     bad = []
     pool = ProcessPoolExecutor(workers, None, start_worker, (worker,))
     try:
-        for result in tqdm(pool.map(write_unit, range(len(units)), units), total=len(units), unit="unit"):
+        done = pool.map(write_unit, range(len(units)), units)
+        for result in show(done, desc="preparing", unit="unit", total=len(units)):
             for reason in result["bad"]:
                 tqdm.write(f"skipped {reason}", file=sys.stderr)
             bad += result["bad"]
@@ -747,7 +821,7 @@ def begin(partial: Path, settings: dict) -> io.TextIOWrapper:
         raise ValueError(f"another process is writing {partial}") from None
     # Units that other settings made do not go with these.
     if (partial / "settings.json").is_file():
-        check_settings(load_json(partial / "settings.json"), settings, partial)
+        check_settings(read_json(partial / "settings.json"), settings, partial)
     else:
         write_json(partial / "settings.json", settings)
     return lock
@@ -787,11 +861,14 @@ def write_shards(
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
     total_size = sum(size for _, size, _ in listing)
     settings["input_files"] = f"{len(files)} files, {total_size:,} bytes, {digest}"
-    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    found = [file for name in names if (file := Path(tokenizer) / name).is_file()]
+    patterns = (
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+        "chat_template.jinja", "additional_chat_templates/*.jinja",
+    )  # fmt: skip
+    found = [file for pattern in patterns for file in sorted(Path(tokenizer).glob(pattern))]
     settings["tokenizer_files"] = {file.name: sha256(file) for file in found}
     if out.exists():
-        check_settings(load_json(out / "meta.json")["settings"], settings, out)
+        check_settings(read_json(out / "meta.json")["settings"], settings, out)
         # Left by a call that was killed before its very last step.
         shutil.rmtree(partial, ignore_errors=True)
         print(f"{out} is there already, made with the same settings")
@@ -846,7 +923,7 @@ def write_shards(
 def read_meta(path: Path) -> dict:
     if not (path / "meta.json").is_file():
         raise ValueError(f"{path} has no meta.json: not a shard directory (prepare.py writes one)")
-    meta = load_json(path / "meta.json")
+    meta = read_json(path / "meta.json")
     if meta["format"] != FORMAT:
         raise ValueError(f"{path} has shard format {meta['format']}, not {FORMAT}: prepare it again")
     return meta
@@ -973,10 +1050,8 @@ class Mixture:
             source.blocks if budget is None else max(1, int(budget / source.tokens_per_block))
             for source, budget in zip(self.sources, data.values(), strict=True)
         ]
-        self.starts = [
-            0,
-            *itertools.accumulate(self.shares),
-        ]  # of each source among an epoch's samples, unshuffled
+        # Of each source among an epoch's samples, unshuffled.
+        self.starts = [0, *itertools.accumulate(self.shares)]
         self.total = self.starts[-1]
         tokens = (s.tokens_per_block * share for s, share in zip(self.sources, self.shares, strict=True))
         self.tokens_per_block = sum(tokens) / self.total
@@ -1027,7 +1102,7 @@ def describe(directory: str) -> None:
         print(f"  skipped {reason}")
     print(f"  {meta['vocab_size']:,} token ids of {meta['tokenizer']}, as {meta['dtype']}")
     for split, shards in meta["splits"].items():
-        for shard in tqdm(shards, desc="verifying", unit="shard", leave=False):
+        for shard in show(shards, desc="verifying", unit="shard"):
             for name, written in shard["sha256"].items():
                 if not (path / name).is_file() or sha256(path / name) != written:
                     raise ValueError(f"{path / name} is missing or damaged: its sha256 is not meta.json's")
@@ -1046,6 +1121,6 @@ if __name__ == "__main__":
     try:
         describe(inspect) if inspect else write_shards()
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        fail(str(error))
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on with the units left") from None

@@ -1,0 +1,186 @@
+"""Tokenizer directories of every kind: ours read their files as AutoTokenizer does, and say where they cannot.
+
+BOS and EOS are by prepare.py's rule: what the tokenizer itself puts before a text, and its EOS behind it.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import BUNDLED, run
+from tokenizers import Tokenizer, processors
+from transformers import AutoTokenizer
+
+import prepare
+
+MARKS = ["<|im_start|>", "<|im_end|>", "<think>"]
+IDS = {mark: 4096 + i for i, mark in enumerate(MARKS)}
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXTS = [
+    "count 0", "", " leads", "trails ", "def f(x):\n    return x\n\n", "ünï 日本 🙂", "a  b\t\tc", "\n\nline",
+    "x = '<|nothing|>'", "é" * 50 + "e\u0301",
+]  # fmt: skip
+CHATS = [
+    [("user", "a"), ("assistant", "b")],
+    [("system", "Brief!"), ("user", "Hi"), ("assistant", "Hello"), ("user", "🙂"), ("assistant", "日\n\n本")],
+    [("user", ""), ("assistant", "")],
+    [("user", " spaces "), ("assistant", "\n  lines\n\n")],
+    [("user", "x"), ("assistant", "user"), ("user", "assistant"), ("assistant", "x")],
+]
+SPECIAL = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+
+
+def token(content, **flags):
+    return {"content": content, **SPECIAL, **flags}
+
+
+def wrap(before, behind, ids):
+    """A post-processor that puts tokens before a text and behind it."""
+    used = [(name, ids[name]) for name in {*before, *behind}]
+    single = " ".join([*before, "$A", *behind])
+    return processors.TemplateProcessing(single=single, pair=f"{single} $B", special_tokens=used)
+
+
+def make(path, in_json=MARKS, special=True, post=None, config=None, **files):
+    """A directory with the bundled tokenizer; in_json: marks that stand in tokenizer.json; files: others, by
+    name. config: on top of tokenizer_config.json."""
+    path.mkdir()
+    content = json.loads((BUNDLED / "tokenizer.json").read_text())
+    for mark in in_json:
+        content["added_tokens"].append({"id": IDS[mark], **token(mark, special=special)})
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    if post:
+        tokenizer.post_processor = post
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": CHATML}
+    settings |= config or {}
+    settings = {name: value for name, value in settings.items() if value != "left out"}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name, value in files.items():
+        (path / f"{name}.json").write_text(json.dumps(value))
+    return path
+
+
+def with_byte_order_marks(path):
+    """transformers refuses such files, so it reads them without."""
+    make(path, in_json=[], added_tokens={mark: IDS[mark] for mark in MARKS})
+    for file in path.iterdir():
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+
+
+def templates_by_name(path):
+    make(path, config={"chat_template": "left out"})
+    (path / "chat_template.jinja").write_text(CHATML)
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}" + CHATML)
+
+
+DECODER = {str(IDS[mark]): token(mark) for mark in MARKS}
+ENDOFTEXT = {"<|endoftext|>": 0, **IDS}
+KINDS = {
+    "plain": {},
+    "null BOS in the template": {"config": {"bos_token": None, "chat_template": "{{ bos_token }}" + CHATML}},
+    "BOS in the template": {
+        "config": {"bos_token": token("<|im_start|>"), "chat_template": "{{ bos_token }}" + CHATML}
+    },
+    "EOS in special_tokens_map.json": {
+        "config": {"eos_token": "left out"},
+        "special_tokens_map": {"eos_token": "<|endoftext|>"},
+    },
+    "EOS there as an object, and another in the config": {
+        "config": {"eos_token": "<|im_end|>"},
+        "special_tokens_map": {"eos_token": token("<|endoftext|>")},
+    },
+    "EOS in both, with an added_tokens_decoder": {
+        "config": {"eos_token": "<|im_end|>", "added_tokens_decoder": DECODER},
+        "special_tokens_map": {"eos_token": "<|endoftext|>"},
+    },
+    "tokens in added_tokens_decoder": {
+        "in_json": [], "config": {"added_tokens_decoder": {"0": token("<|endoftext|>"), **DECODER}},
+    },
+    "tokens in added_tokens.json": {"in_json": [], "added_tokens": IDS},
+    "some of them there": {"in_json": MARKS[:1], "added_tokens": ENDOFTEXT},
+    "tokens that are only named": {
+        "in_json": [], "config": {"eos_token": "<|endoftext|>", "additional_special_tokens": MARKS},
+    },
+    "tokens only named in the map": {
+        "in_json": [],
+        "config": {"eos_token": "<|endoftext|>"},
+        "special_tokens_map": {"additional_special_tokens": [token(mark) for mark in MARKS[:2]]},
+    },
+    "extra_special_tokens": {
+        "in_json": [], "config": {"eos_token": "<|endoftext|>", "extra_special_tokens": MARKS},
+    },
+    "EOS without its flag": {"special": False},
+    "EOS of the vocabulary alone": {"config": {"eos_token": "def"}},
+    "EOS behind a text": {"post": wrap([], ["<|im_end|>"], IDS)},
+    "BOS before a text": {
+        "post": wrap(["<|im_start|>"], [], IDS), "config": {"bos_token": "<|im_start|>"},
+    },
+    "both": {"post": wrap(["<|im_start|>"], ["<|im_end|>"], IDS), "config": {"bos_token": "<|im_start|>"}},
+    "BOS that is the EOS": {"post": wrap(["<|im_end|>"], [], IDS), "config": {"bos_token": "<|im_end|>"}},
+    "the same on both sides": {
+        "post": wrap(["<|im_end|>"], ["<|im_end|>"], IDS), "config": {"bos_token": "<|im_end|>"},
+    },
+    "add_bos_token beside none": {
+        "config": {"add_bos_token": True, "add_eos_token": True, "bos_token": "<|im_start|>"}
+    },
+    "add_bos_token False beside one": {
+        "post": wrap(["<|im_start|>"], [], IDS),
+        "config": {"add_bos_token": False, "bos_token": "<|im_start|>"},
+    },
+    "add_bos_token of a Llama": {
+        "config": {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<|im_start|>"}
+    },
+    "null add_bos_token": {"config": {"add_bos_token": None}},
+    "templates in a list": {
+        "config": {
+            "chat_template": [
+                {"name": "tool_use", "template": "tools"}, {"name": "default", "template": CHATML}
+            ]
+        }
+    },
+    "tokens of the model's own": {"config": {"image_token": "<think>"}},
+}  # fmt: skip
+
+
+def shards_of(path, out, rows, **options):
+    source = out.with_suffix(".jsonl")
+    source.write_text("\n".join(map(json.dumps, rows)))
+    prepare.write_shards(str(source), out, str(path), heldout_fraction=0.0, num_workers=1, **options)
+    ids = np.concatenate([np.load(file) for file in sorted(out.glob("tokens_*.npy"))])
+    ends = np.concatenate([np.load(file) for file in sorted(out.glob("ends_*.npy"))])
+    return [part.tolist() for part in np.split(ids, ends[:-1])]
+
+
+def messages(chat):
+    return [{"role": role, "content": content} for role, content in chat]
+
+
+def agree(path, tmp_path):
+    """Our ids of the texts and the chats are AutoTokenizer's."""
+    oracle = AutoTokenizer.from_pretrained(path)
+    expected = []
+    for text in filter(None, TEXTS):
+        ids = oracle(text)["input_ids"]
+        if ids[-1] != oracle.eos_token_id and oracle.eos_token_id is not None:
+            ids.append(oracle.eos_token_id)
+        expected.append(ids)
+    assert shards_of(path, tmp_path / "texts", [{"text": text} for text in TEXTS]) == expected
+    if oracle.chat_template is None:
+        return
+    chats = [messages(chat) for chat in CHATS]
+    expected = [oracle.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
+    rows = [{"messages": chat} for chat in chats]
+    assert shards_of(path, tmp_path / "chats", rows) == expected
+    assert shards_of(path, tmp_path / "sft", rows, sft=True) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_made_directory_gives_the_ids_of_transformers(kind, tmp_path):
+    agree(make(tmp_path / "tokenizer", **KINDS[kind]), tmp_path)
