@@ -116,9 +116,9 @@ def test_figure_of_one_evaluation(tmp_path, monkeypatch, clone):
 def test_figure_without_an_evaluation_or_a_loss(results, tmp_path, monkeypatch):
     lines = [line for line in results["ours"][0] if "lm" in line]
     assert list(drawn({"run": lines}, tmp_path / "curves.png", monkeypatch)) == ["loss"]
-    with pytest.raises(SystemExit, match="have logged no loss yet"):
+    with pytest.raises(ValueError, match="have logged no loss yet"):
         plot.draw({"run": []}, str(tmp_path / "none.png"))
-    with pytest.raises(SystemExit, match="is no run's out_dir"):
+    with pytest.raises(ValueError, match="is no run's out_dir"):
         plot.read_metrics(str(tmp_path / "none"))
 
 
