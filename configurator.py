@@ -14,6 +14,7 @@ Anything else ends in one line on stderr and exit code 2, before torch is import
 
 import ast
 import difflib
+import hashlib
 import importlib
 import io
 import json
@@ -155,6 +156,14 @@ def write_json(file: Path, value: dict) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, file)
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def show(steps: typing.Iterable, desc: str, unit: str, total: int | None = None) -> typing.Iterator:

@@ -660,13 +660,13 @@ def transformers_logits(path: Path, ids: Tensor) -> Tensor | None:
     Our reader and our writer agree with each other when both are wrong.
     """
     try:
-        from transformers import AutoModelForCausalLM
+        # It takes seconds to import, and is no requirement.
+        from transformers import AutoModelForCausalLM, utils
     except ImportError:
         return None
+    utils.logging.disable_progress_bar()
     try:
-        # Until transformers 5 the argument had this name; it still has.
-        theirs = AutoModelForCausalLM.from_pretrained(path, torch_dtype=torch.float32)
-        return theirs(ids).logits
+        return AutoModelForCausalLM.from_pretrained(path).float()(ids).logits
     except Exception as error:  # of many kinds
         raise ValueError(f"transformers cannot load what was written: {error}") from None
 

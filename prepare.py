@@ -72,7 +72,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer
 from tqdm import tqdm
 
-from configurator import fail, need, read_json, show, write_json
+from configurator import fail, need, read_json, sha256, show, write_json
 
 FORMAT = 2
 HEADER = 128  # bytes before the values of a one-dimensional .npy file
@@ -105,20 +105,25 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     model.no_truncation()
     model.no_padding()
     config = tokenizer_config(path)
+    more = config["additional_special_tokens"]
+    named = [token for name, token in config.items() if name.endswith("_token") and token] + more
+    added = {token.content: token for token in model.get_added_tokens_decoder().values()}
     for i, token in sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0])):
-        model.add_tokens([AddedToken(**token)])
-        if (found := model.token_to_id(token["content"])) != int(i):
-            raise ValueError(f"{path} contradicts itself: {token['content']!r} is token {i} and {found}")
+        if isinstance(token, str):  # of added_tokens.json, which has no flags; tokenizer.json can have them
+            token = added.get(token) or AddedToken(token, normalized=token not in named)
+        else:
+            token = AddedToken(**token)
+        added[token.content] = token
+        model.add_tokens([token])
+        if (found := model.token_to_id(token.content)) != int(i):
+            raise ValueError(f"{path} contradicts itself: {token.content!r} is token {i} and token {found}")
     for name in ("bos_token", "eos_token"):
         if config.get(name) and model.token_to_id(config[name]) is None:
             raise ValueError(f"{path} names {config[name]!r} as its {name}, but no file there has that token")
-    # What is named special is special. Without an id it gets the next one, as in transformers, if it can be
-    # a template's mark; a pad_token and its like are in no text.
-    named = [config[name] for name in config if name.endswith("_token") and config[name]]
-    named = [token for token in named if model.token_to_id(token) is not None]
-    added = {token.content: token for token in model.get_added_tokens_decoder().values()}
-    for token in [*named, *config["additional_special_tokens"]]:
-        model.add_special_tokens([added.get(token) or AddedToken(token, special=True, normalized=False)])
+    # What is named special is special. Without an id it gets the next one, as in transformers; but not a
+    # pad_token and its like, which are in no text.
+    for token in (token for token in named if token in more or model.token_to_id(token) is not None):
+        model.add_special_tokens([added.get(token) or AddedToken(token, normalized=False)])
     return model
 
 
@@ -138,16 +143,13 @@ def tokenizer_config(path: str | Path) -> dict:
     config |= {name: content(token) for name, token in config.items() if name.endswith("_token")}
     more = more.values() if isinstance(more, dict) else more
     config["additional_special_tokens"] = [content(token) for token in more]
-    decoder = {i: {"content": name, "normalized": name not in config.values()} for name, i in ids.items()}
-    return {"added_tokens_decoder": decoder} | config
+    return {"added_tokens_decoder": {i: token for token, i in ids.items()}} | config
 
 
 def special_ids(tokenizer: Tokenizer, path: str | Path) -> tuple[list[int], int | None]:
-    """(ids the tokenizer itself puts before a text, EOS id by its directory's files).
-
-    transformers 5 passes over add_bos_token where there is a tokenizer.json, and so does this; 4.51 did not.
-    """
+    """(ids the tokenizer itself puts before a text, EOS id by its directory's files)."""
     eos = tokenizer_config(path).get("eos_token")
+    # transformers 5 passes over add_bos_token where there is a tokenizer.json, as here; 4.51 did not.
     encoded = tokenizer.encode("a")
     before = [*encoded.sequence_ids, 0].index(0)
     return encoded.ids[:before], None if eos is None else tokenizer.token_to_id(eos)
@@ -258,15 +260,14 @@ def chat_template(path: str | Path) -> Callable[..., str]:
     environment.globals["raise_exception"] = raise_exception
     # A fixed day, the one Llama's templates fall back to: shards must not depend on when they were made.
     environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
-    templates = {}
+    # {% generation %} only marks what the assistant says; as an `if` it keeps its whitespace control.
     for name, source in sources.items():
-        # {% generation %} only marks what the assistant says; as an `if` it keeps its whitespace control.
         source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
-        source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
-        try:
-            templates[name] = environment.from_string(source)
-        except Exception as error:  # jinja2 is imported only by need
-            raise ValueError(f"the chat template of {path} is broken: {error}") from None
+        sources[name] = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
+    try:
+        templates = {name: environment.from_string(source) for name, source in sources.items()}
+    except Exception as error:  # jinja2 is imported only by need
+        raise ValueError(f"the chat template of {path} is broken: {error}") from None
     fixed = {name: token for name, token in config.items() if name.endswith("_token") and token}
     fixed |= {"documents": None, "add_generation_prompt": False}
 
@@ -545,11 +546,10 @@ class Encoder:
         longer = []
         # Chats come as messages of role and content, and as conversations of from and value.
         for turn in turns:
+            turn = {"role": turn.get("from"), "content": turn.get("value"), **turn}
             turn = {key: value for key, value in turn.items() if value is not None}
-            role = turn.get("role", turn.get("from"))
+            role = turn.get("role")
             role = turn["role"] = {"human": "user", "gpt": "assistant"}.get(role, role)
-            if "value" in turn:
-                turn.setdefault("content", turn["value"])
             says_more = role == "assistant" and any(turn.get(key) for key in SAID_TOO)
             content = turn.get("content", "" if says_more else None)
             if not isinstance(role, str) or not isinstance(content, str):
@@ -608,10 +608,9 @@ class Encoder:
         closed = self.special.split(render(chat[: i + 1]))
         first = next((k for k, text in enumerate(opened) if MARK in text), len(opened))
         last = len(closed) - 2
-        if closed[-1].strip() or first > last:
-            raise ValueError("the template ends a turn of tool calls without a special token")
-        if opened[1:first:2] + closed[1::2] != full[1:first:2] + full[1 : last + 1 : 2]:
-            raise ValueError("the template's special tokens up to a turn of tool calls depend on later turns")
+        is_prefix = opened[1:first:2] + closed[1::2] == full[1:first:2] + full[1 : last + 1 : 2]
+        if closed[-1].strip() or first > last or not is_prefix:
+            raise ValueError("the template's special tokens do not show the bounds of a turn of tool calls")
         return first, opened[first].partition(MARK)[0], last
 
     def row(self, row, file: Path) -> tuple[str, list[int], list[bool]] | None:
@@ -669,14 +668,6 @@ class Encoder:
 # ---- shards, written
 
 WORKER = {}  # a worker's Encoder, the directory it writes to, and max_bad
-
-
-def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class ShardWriter:
@@ -861,11 +852,9 @@ def write_shards(
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
     total_size = sum(size for _, size, _ in listing)
     settings["input_files"] = f"{len(files)} files, {total_size:,} bytes, {digest}"
-    patterns = (
-        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-        "chat_template.jinja", "additional_chat_templates/*.jinja",
-    )  # fmt: skip
-    found = [file for pattern in patterns for file in sorted(Path(tokenizer).glob(pattern))]
+    names = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json"
+    names += " chat_template.jinja additional_chat_templates/*.jinja"
+    found = [file for name in names.split() for file in sorted(Path(tokenizer).glob(name))]
     settings["tokenizer_files"] = {file.name: sha256(file) for file in found}
     if out.exists():
         check_settings(read_json(out / "meta.json")["settings"], settings, out)

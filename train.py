@@ -394,11 +394,11 @@ def turn_ends(tokenizer_dir: str | None) -> tuple[int, ...]:
 def lock_out_dir() -> None:
     """Holds out_dir for this run until its process ends, however it does; ValueError while another has it."""
     os.makedirs(out_dir, exist_ok=True)
-    # Never closed: the lock goes with the last descriptor.
+    # Never closed, which would end the lock. A process that is forked does not have it, as by flock it would.
     lock = os.open(Path(out_dir) / "lock", os.O_WRONLY | os.O_CREAT)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         raise ValueError(f"another train.py is writing {out_dir}; choose another --out_dir") from None
     except OSError as error:  # some file systems over a network have no locks
         print(f"{out_dir} cannot be locked ({error}): start no second run in it", file=sys.stderr)
@@ -940,8 +940,6 @@ def main() -> None:
         raise ValueError("mask_documents on a GPU needs dtype bfloat16: its attention has no float32")
     if compile:
         need_compiler(device.type)
-    if RANK == 0 and not eval_only:
-        lock_out_dir()
     # by torchrun, after a rank died; only the node of that rank is told
     restarted = on_any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
     found = convert.checkpoints(out_dir)
@@ -954,6 +952,8 @@ def main() -> None:
         raise ValueError(f"no checkpoint of {out_dir} can be read: choose another --out_dir to begin anew")
     state = read_state(last) if last else {"step": 0, "optimizer_steps": 0}
     start = state["step"]
+    if RANK == 0 and not eval_only and Path(out_dir).is_dir():
+        lock_out_dir()
 
     # ---- model, data, optimizer
     tokenizer_dir = tokenizer_directory()
@@ -979,6 +979,8 @@ def main() -> None:
 
     # ---- logs and signals
     if RANK == 0:
+        # Made now, when nothing is left to be refused.
+        lock_out_dir()
         keep_log(log_file, start)
     send = start_wandb()
 

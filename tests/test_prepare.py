@@ -449,7 +449,7 @@ def test_refusals_are_one_line(tmp_path, monkeypatch):
         ([f"--input={tmp_path}/blank.jsonl"], "the input holds no text to train on: 1 files"),
     ]:
         done = run(out, tokens, *arguments)
-        assert done.returncode == 1 and words in done.stderr.splitlines()[-1], done.stderr
+        assert done.returncode == 2 and words in done.stderr.splitlines()[-1], done.stderr
         assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
         assert set(tmp_path.iterdir()) == before  # neither out nor out.partial
     for module, kind in (("pyarrow", "jsonl.zst"), ("pyarrow.parquet", "parquet")):
@@ -558,11 +558,11 @@ def test_what_is_there_is_said_and_other_settings_are_refused(tmp_path):
         and again.stdout.splitlines()[-1] == f"{tmp_path}/out is there already, made with the same settings"
     )
     other = run(*arguments, "--heldout_fraction=0.5")
-    assert other.returncode == 1
+    assert other.returncode == 2
     assert f"{tmp_path}/out was begun with heldout_fraction = 0.02, not 0.5; remove it" in other.stderr
     (tmp_path / "else").mkdir()
     refused = run(*arguments[::2], f"--out={tmp_path}/else")
-    assert refused.returncode == 1 and "exists and is no shard directory" in refused.stderr
+    assert refused.returncode == 2 and "exists and is no shard directory" in refused.stderr
     assert contents(tmp_path / "out") == before and not list((tmp_path / "else").iterdir())
 
 
@@ -1138,7 +1138,7 @@ def test_a_damaged_directory_is_named(corpora, tmp_path):
         data[-3] ^= 1
         file.write_bytes(data)
         done = run(f"--inspect={tmp_path}/many")
-        assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(
             f"error: {file} is missing or damaged"
         )
         file.write_bytes((corpora / "many" / name).read_bytes()[:-2])

@@ -211,7 +211,7 @@ def test_free_weights_go_on_from_clones_and_any_model(work, runs, corpus, teache
     assert metrics(work / "switched")[0]["loss"] < metrics(runs["clone"])[0]["loss"]
     start = f"--init_from={runs['both']}"
     done = run("train.py", *weights_options(teacher, corpus, work / "wrong", start))
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "is a student of another shape or of other layers" in done.stderr.splitlines()[-1]
     # The layers that these options name are not the model's: it has another number of them.
     options = ("--train=weights", f"--init_from={runs['plain']}", "--max_steps=5", "--student_layers=(0,)")
@@ -334,7 +334,7 @@ def test_what_would_spoil_a_run_is_refused(work, runs, teacher, corpus):
     for message, done in zip(
         calls, in_parallel([("train.py", *call) for call in calls.values()]), strict=True
     ):
-        assert done.returncode == 1 and message in done.stderr.splitlines()[-1], done.stderr
+        assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
     assert (runs["clone"] / "metrics.jsonl").read_text() == before and not (work / "none").exists()
 
 
@@ -463,7 +463,7 @@ def test_a_mixture_logs_each_source_and_keeps_documents_apart(work, text, teache
     assert all(f"val_lm/{name}" in metrics(outs[0])[-1] for name in ("corpus", "small"))
     assert together["lm"] != apart["lm"] and abs(together["lm"] / apart["lm"] - 1) < 0.1
     refused = run("train.py", "--data=None", f"--out_dir={work}/none")
-    assert refused.returncode == 1 and "random tokens are for tools/bench.py" in refused.stderr
+    assert refused.returncode == 2 and "random tokens are for tools/bench.py" in refused.stderr
 
 
 # ---- fine-tuning and evaluation
@@ -563,7 +563,7 @@ def test_compile_without_a_compiler_is_refused(work, monkeypatch):
     )
     for call in calls:
         refused = run(*call)
-        assert refused.returncode == 1
+        assert refused.returncode == 2
         assert "error: compile needs a C++ compiler" in refused.stderr.splitlines()[-1]
 
 
@@ -592,7 +592,7 @@ def test_values_that_make_no_sense_are_refused(name, value, allowed, monkeypatch
 def test_a_device_that_is_not_there_and_ctrl_c_are_told_in_a_line(work):
     for name in ("gpu", "cuda"):
         done = run("train.py", f"--device={name}", f"--out_dir={work}/none")
-        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
         assert done.stderr.startswith(f"error: device is '{name}', which torch")
     command = [sys.executable, "train.py", f"--out_dir={work}/none"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -609,7 +609,7 @@ def test_a_teacher_with_a_value_that_is_not_finite_is_refused(work, teacher, cor
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     done = run("train.py", *clone_options(broken, corpus, work / "never"))
-    assert done.returncode == 1
+    assert done.returncode == 2
     message = "model.layers.1.mlp.up_proj.weight holds a value that is not finite"
     assert message in done.stderr.splitlines()[-1]
     assert not (work / "never").exists()
@@ -635,7 +635,7 @@ def test_evaluation_of_a_model_with_another_vocabulary_is_refused(work, corpus, 
     shape = LlamaConfig(**(SHAPE | {"vocab_size": 512}))
     LlamaForCausalLM(shape).save_pretrained(work / "tiny")
     done = run("train.py", *options)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "tiny has 512 tokens; the teacher has 4096" in done.stderr.splitlines()[-1]
     done = run("train.py", *options, "--teacher=None", f"--tokenizer={teacher}")
     assert "the model has 512" in done.stderr.splitlines()[-1]

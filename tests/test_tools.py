@@ -205,7 +205,7 @@ def test_evaluate_on_the_command_line(clones, corpus, teacher):
     (plain / "trainer").mkdir()
     (plain / "trainer/state.json").write_text("{}")
     refused = run("tools/evaluate.py", f"--out_dir={clones}", *options)
-    assert refused.returncode == 1 and refused.stderr.splitlines()[-1] == (
+    assert refused.returncode == 2 and refused.stderr.splitlines()[-1] == (
         f"error: {plain} does not say what its teacher is: give --teacher=DIR"
     )
 
@@ -242,7 +242,7 @@ def test_random_tokens_are_a_batch_too():
 )
 def test_slicegpt_refuses_what_it_cannot_slice(option, said):
     done = run("tools/slicegpt.py", f"--{option}")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error:") and said in done.stderr
 
 
