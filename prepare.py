@@ -69,7 +69,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 from tqdm import tqdm
 
 from configurator import fail, need, read_json, sha256, show, write_json
@@ -105,6 +105,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     model.no_truncation()
     model.no_padding()
     config = tokenizer_config(path)
+    # transformers 5 makes this class's parts anew, without a second space before a text; 4.51 did not.
+    is_llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+    if is_llama and "ByteLevel" not in f"{model.decoder} {model.pre_tokenizer}":
+        scheme = "always" if config.get("legacy") else "first"
+        scheme = "never" if config.get("add_prefix_space") is False else scheme
+        model.normalizer = normalizers.Sequence([])
+        model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     more = config["additional_special_tokens"]
     named = [token for name, token in config.items() if name.endswith("_token") and token] + more
     added = {token.content: token for token in model.get_added_tokens_decoder().values()}
@@ -120,8 +127,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     for name in ("bos_token", "eos_token"):
         if config.get(name) and model.token_to_id(config[name]) is None:
             raise ValueError(f"{path} names {config[name]!r} as its {name}, but no file there has that token")
-    # What is named special is special. Without an id it gets the next one, as in transformers; but not a
-    # pad_token and its like, which are in no text.
+    # A name without an id gets the next one, as in transformers; but a pad_token and its like are in no text.
     for token in (token for token in named if token in more or model.token_to_id(token) is not None):
         model.add_special_tokens([added.get(token) or AddedToken(token, normalized=False)])
     return model
@@ -246,16 +252,15 @@ def chat_template(path: str | Path) -> Callable[..., str]:
     def raise_exception(message):
         raise ValueError(message)
 
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-
     def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
         text = json.dumps(value, ensure_ascii=ensure_ascii, **options)
         # Escaped, CUT and MARK would be content.
         return re.sub(r"\\ufdd[01]", lambda match: json.loads(f'"{match[0]}"'), text)
 
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
     # A fixed day, the one Llama's templates fall back to: shards must not depend on when they were made.
@@ -269,12 +274,12 @@ def chat_template(path: str | Path) -> Callable[..., str]:
     except Exception as error:  # jinja2 is imported only by need
         raise ValueError(f"the chat template of {path} is broken: {error}") from None
     fixed = {name: token for name, token in config.items() if name.endswith("_token") and token}
-    fixed |= {"documents": None, "add_generation_prompt": False}
 
-    def render(messages: list[dict], tools: list[dict] | None = None, **options) -> str:
-        name = "tool_use" if tools is not None and "tool_use" in templates else "default"
+    def render(messages: list[dict], tools: list[dict] | None = None, add_generation_prompt=False) -> str:
+        template = templates["tool_use" if tools is not None and "tool_use" in templates else "default"]
+        options = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
-            return templates[name].render(messages=messages, tools=tools, **fixed | options)
+            return template.render(messages=messages, **fixed | options)
         except Exception as error:  # whatever a template does not like about a chat
             raise ValueError(f"the chat template: {error}") from None
 
@@ -536,31 +541,27 @@ class Encoder:
         The chat is rendered a second time, with MARK as what the assistant says. Between special tokens, of
         which the turns themselves have none by CUT, a turn is where the two differ; so it is found whatever
         the template adds, trims or leaves out. What both have stays out: the empty <think> block that Qwen3
-        puts before the last answer, part of the prompt when it answers. A thought that it keeps is in. Turns
-        of more than content, such as tool_calls, are found by turn_bounds.
+        puts before the last answer, part of the prompt when it answers. A thought that it keeps is in.
         """
+        tools = json.loads(tools or "null") if isinstance(tools, str) else tools
         if not isinstance(tools or [], list) or not all(isinstance(tool, dict) for tool in tools or []):
             raise ValueError("its tools are no list of objects")
         chat = []
         marked = []
-        longer = []
         # Chats come as messages of role and content, and as conversations of from and value.
         for turn in turns:
             turn = {"role": turn.get("from"), "content": turn.get("value"), **turn}
             turn = {key: value for key, value in turn.items() if value is not None}
             role = turn.get("role")
             role = turn["role"] = {"human": "user", "gpt": "assistant"}.get(role, role)
-            says_more = role == "assistant" and any(turn.get(key) for key in SAID_TOO)
-            content = turn.get("content", "" if says_more else None)
-            if not isinstance(role, str) or not isinstance(content, str):
+            calls = role == "assistant" and any(turn.get(key) for key in SAID_TOO)
+            if not (isinstance(role, str) and isinstance(turn.get("content", "" if calls else None), str)):
                 raise ValueError("a turn without a role (from) or without text as its content (value)")
             turn = break_specials(self.special, turn)
-            if says_more:
-                longer.append(len(chat))
             chat.append(turn)
-            marked.append({**turn, "content": MARK} if role == "assistant" and not says_more else turn)
-        template = chat_template(self.settings["tokenizer"])
-        render = functools.partial(template, tools=break_specials(self.special, tools))
+            marked.append({**turn, "content": MARK} if role == "assistant" and not calls else turn)
+        tools = break_specials(self.special, tools)
+        render = functools.partial(chat_template(self.settings["tokenizer"]), tools=tools)
         whole = render(chat)
         # Lists of text, special token, text, …, of one length if the answers do not change the template.
         full = self.special.split(whole)
@@ -569,6 +570,7 @@ class Encoder:
             raise ValueError("the template's special tokens depend on what the assistant says")
 
         # Of each turn its first text, what the prompt has of that, and the special token that ends it.
+        longer = [i for i, turn in enumerate(chat) if turn["role"] == "assistant" and turn is marked[i]]
         bounds = [self.turn_bounds(render, chat, i, full) for i in longer if self.settings["sft"]]
         for i, pattern in enumerate(skeleton):
             before, mark, after = pattern.partition(MARK)
@@ -599,7 +601,8 @@ class Encoder:
         return whole.replace(CUT, ""), ids, mask
 
     def turn_bounds(self, render: Callable, chat: list[dict], i: int, full: list[str]) -> tuple:
-        """encode_chat's bounds of turn i: from where MARK alone would stand to where a chat up to it ends."""
+        """encode_chat's bounds of turn i, which says more than content, such as tool_calls: from where MARK
+        alone would stand to where a chat up to it ends."""
         said = {"role": "assistant", "content": MARK}
         try:
             opened = self.special.split(render([*chat[:i], said, *chat[i + 1 :]]))
@@ -637,9 +640,7 @@ class Encoder:
         turns = row.get("messages") or row.get("conversations")
         if turns:
             try:
-                tools = row.get("tools")
-                tools = json.loads(tools or "null") if isinstance(tools, str) else tools
-                text, ids, mask = self.encode_chat(turns, tools)
+                text, ids, mask = self.encode_chat(turns, row.get("tools"))
             except Exception as error:  # whatever a template does not like about a chat
                 raise ValueError(f"chat: {error}") from None
         elif settings["sft"]:
@@ -703,12 +704,8 @@ class ShardWriter:
             path = Path(file.name)
             sums[path.name] = sha256(path)
         name = Path(self.files["tokens"].name).name
-        return {
-            "file": name,
-            "tokens": self.counts["tokens"],
-            "documents": self.counts["ends"],
-            "sha256": sums,
-        }
+        counts = {"tokens": self.counts["tokens"], "documents": self.counts["ends"]}
+        return {"file": name, **counts, "sha256": sums}
 
 
 def start_worker(worker: dict) -> None:
@@ -761,10 +758,9 @@ def write_unit(number: int, parts: list[Part]) -> dict:
 
 def check_bad(bad: list[str], max_bad: int) -> None:
     if len(bad) > max_bad:
-        raise ValueError(
-            f"{len(bad)} bad documents, more than max_bad = {max_bad}, the last {bad[-1]}; "
-            "the same command with a higher --max_bad goes on from here"
-        )
+        advice = "the same command with a higher --max_bad goes on from here"
+        count = f"{len(bad)} bad documents, more than max_bad = {max_bad}"
+        raise ValueError(f"{count}, the last {bad[-1]}; {advice}")
 
 
 def run_units(units: list[list[Part]], workers: int, worker: dict) -> list[dict]:
@@ -846,15 +842,16 @@ def write_shards(
         if kind_of(file)[0] in ("txt", "py") and (sft or min_score is not None):
             raise ValueError(f"{file} is plain text: it has no {'chats' if sft else 'scores'}")
     encoder = Encoder(settings)
+    if encoder.eos_id is None:
+        print(f"{tokenizer} names no EOS: nothing marks where a text ends", file=sys.stderr)
 
     # Of the input, names, sizes and times of change stand for what is in it.
     listing = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
     total_size = sum(size for _, size, _ in listing)
     settings["input_files"] = f"{len(files)} files, {total_size:,} bytes, {digest}"
-    names = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json"
-    names += " chat_template.jinja additional_chat_templates/*.jinja"
-    found = [file for name in names.split() for file in sorted(Path(tokenizer).glob(name))]
+    patterns = ("*token*.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
+    found = [file for pattern in patterns for file in sorted(Path(tokenizer).glob(pattern))]
     settings["tokenizer_files"] = {file.name: sha256(file) for file in found}
     if out.exists():
         check_settings(read_json(out / "meta.json")["settings"], settings, out)
@@ -900,10 +897,9 @@ def write_shards(
     lock.close()
     print(f"{out}: {counts}")
     if heldout_fraction and not documents["heldout"]:
-        print(
-            f"nothing is held out of {documents['tokens']:,} documents, so train.py cannot evaluate on them: "
-            "give more and shorter ones (files, or lines of .jsonl), or a larger --heldout_fraction"
-        )
+        advice = "give more and shorter ones (files, or lines of .jsonl), or a larger --heldout_fraction"
+        none = f"nothing is held out of {documents['tokens']:,} documents, so train.py cannot evaluate"
+        print(f"{none}: {advice}")
 
 
 # ---- shards, read

@@ -4,10 +4,12 @@ BOS and EOS are by prepare.py's rule: what the tokenizer itself puts before a te
 """
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BUNDLED
+from conftest import BUNDLED, run
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
@@ -66,20 +68,6 @@ def make(path, in_json=MARKS, special=True, post=None, config=None, **files):
     for name, value in files.items():
         (path / f"{name}.json").write_text(json.dumps(value))
     return path
-
-
-def with_byte_order_marks(path):
-    """transformers refuses such files, so it reads them without."""
-    make(path, in_json=[], added_tokens={mark: IDS[mark] for mark in MARKS})
-    for file in path.iterdir():
-        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-
-
-def templates_by_name(path):
-    make(path, config={"chat_template": "left out"})
-    (path / "chat_template.jinja").write_text(CHATML)
-    (path / "additional_chat_templates").mkdir()
-    (path / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}" + CHATML)
 
 
 DECODER = {str(IDS[mark]): token(mark) for mark in MARKS}
@@ -189,3 +177,96 @@ def agree(path, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_made_directory_gives_the_ids_of_transformers(kind, tmp_path):
     agree(make(tmp_path / "tokenizer", **KINDS[kind]), tmp_path)
+
+
+def test_special_tokens_are_those_of_transformers(tmp_path):
+    """A name makes a token special, and added_tokens.json, which has no flags, takes none away."""
+    kinds = (
+        "EOS without its flag",
+        "some of them there",
+        "tokens of the model's own",
+        "EOS of the vocabulary alone",
+    )
+    for kind in kinds:
+        path = make(tmp_path / kind, **KINDS[kind])
+        ours, theirs = (
+            {token.content for token in tokens.values() if token.special}
+            for tokens in (
+                prepare.load_tokenizer(path).get_added_tokens_decoder(),
+                AutoTokenizer.from_pretrained(path).added_tokens_decoder,
+            )
+        )
+        assert ours == theirs, kind
+
+
+REFUSED = {
+    "an EOS that is nowhere": (
+        {"config": {"eos_token": "</s>"}}, "names '</s>' as its eos_token, but no file",
+    ),
+    "a BOS that is nowhere": (
+        {"config": {"eos_token": "left out"}, "special_tokens_map": {"bos_token": {"content": "<s>"}}},
+        "names '<s>' as its bos_token, but no file",
+    ),
+    "another id in the decoder": (
+        {"config": {"added_tokens_decoder": {"4099": token("<|im_end|>")}}},
+        "'<|im_end|>' is token 4099 and token 4097",
+    ),
+    "another id in added_tokens.json": (
+        {"in_json": [], "added_tokens": {"<|im_end|>": 4100}}, "'<|im_end|>' is token 4100 and token 4096",
+    ),
+    "no JSON": ({"config": {}, "added_tokens": ["<|im_end|>"]}, "added_tokens.json holds no JSON object"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_contradicts_itself_is_one_line_before_any_work(kind, tmp_path):
+    made, words = REFUSED[kind]
+    path = make(tmp_path / "tokenizer", **made)
+    (tmp_path / "a.txt").write_text("count 0")
+    done = run("prepare.py", f"--input={tmp_path}/a.txt", f"--tokenizer={path}", f"--out={tmp_path}/out")
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_no_eos_is_said(tmp_path, capsys):
+    path = make(tmp_path / "tokenizer", config={"eos_token": None})
+    assert shards_of(path, tmp_path / "out", [{"text": "count 0"}]) == [[1806, 288]]
+    assert "names no EOS" in capsys.readouterr().err
+
+
+def test_byte_order_marks_in_a_directory_are_no_content(tmp_path):
+    """transformers cannot read such a directory; it is compared with one without."""
+    paths = [tmp_path / "plain", tmp_path / "marked"]
+    for path in paths:
+        make(path, in_json=[], config={"chat_template": "left out"}, added_tokens=IDS)
+        (path / "chat_template.jinja").write_text(CHATML)
+    for file in paths[1].iterdir():
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    rows = [{"messages": messages(chat)} for chat in CHATS]
+    plain, marked = (shards_of(path, path.with_suffix(".out"), rows, sft=True) for path in paths)
+    assert plain == marked and len(plain) == 5
+
+
+def test_a_row_with_tools_takes_the_template_for_tools(tmp_path):
+    path = make(tmp_path / "tokenizer", config={"chat_template": "left out"})
+    (path / "chat_template.jinja").write_text(CHATML)
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates/tool_use.jinja").write_text("{{ tools | tojson }}" + CHATML)
+    oracle = AutoTokenizer.from_pretrained(path)
+    chat = messages(CHATS[0])
+    given = [None, [], [{"name": "count"}]]
+    expected = [
+        oracle.apply_chat_template(chat, tools=tools, return_dict=True)["input_ids"] for tools in given
+    ]
+    assert len(set(map(len, expected))) == 3
+    rows = [{"messages": chat, "tools": tools} for tools in given]
+    assert shards_of(path, tmp_path / "out", rows) == expected
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen", "smollm2", "llama2"])
+def test_the_families_own_tokenizers_give_the_ids_of_transformers(family, tmp_path):
+    """From TOKENIZERS/llama3 and so on."""
+    path = Path(os.environ.get("TOKENIZERS", "tokenizers")) / family
+    if not path.is_dir():
+        pytest.skip(f"no {path}: give the families' own tokenizers as TOKENIZERS")
+    agree(path, tmp_path)
