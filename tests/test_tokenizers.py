@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import BUNDLED, run
+from test_prepare import sentencepiece_tokenizer
 from tokenizers import Tokenizer, processors
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, __version__
 
 import prepare
+
+pytestmark = pytest.mark.skipif(__version__ < "5", reason="transformers 4 reads some of these otherwise")
 
 MARKS = ["<|im_start|>", "<|im_end|>", "<think>"]
 IDS = {mark: 4096 + i for i, mark in enumerate(MARKS)}
@@ -177,6 +180,26 @@ def agree(path, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_made_directory_gives_the_ids_of_transformers(kind, tmp_path):
     agree(make(tmp_path / "tokenizer", **KINDS[kind]), tmp_path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("family", ["llama2", "mistral"])
+def test_a_made_tokenizer_of_llamas_class(family, legacy, tmp_path):
+    """transformers 5 makes its parts anew, whatever tokenizer.json has."""
+    path = tmp_path / "tokenizer"
+    sentencepiece_tokenizer(path, family)
+    config = json.loads((path / "tokenizer_config.json").read_text()) | {"chat_template": CHATML}
+    config |= {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": legacy,
+        "bos_token": "<s>",
+        "unk_token": "<unk>",
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    oracle = AutoTokenizer.from_pretrained(path)
+    texts = ["Hi you", " Hi", "  Hi", "Hi\n Hi"]
+    expected = [[*oracle(text)["input_ids"], oracle.eos_token_id] for text in texts]
+    assert shards_of(path, tmp_path / "texts", [{"text": text} for text in texts]) == expected
 
 
 def test_special_tokens_are_those_of_transformers(tmp_path):
