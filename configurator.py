@@ -14,16 +14,21 @@ Anything else ends in one line on stderr and exit code 2, before torch is import
 
 import ast
 import difflib
+import hashlib
+import importlib
 import io
+import json
 import os
 import shutil
 import sys
+import time
 import tokenize
 import types
 import typing
 from pathlib import Path
 
 FIRST = os.environ.get("RANK", "0") == "0"  # under torchrun, one process speaks for all
+SECONDS_BETWEEN_LINES = 20  # of long work, where no terminal shows a bar
 
 
 def read_options(source: str) -> dict[str, tuple[object, object, str]]:
@@ -120,6 +125,67 @@ def need_compiler(device_type: str) -> None:
         raise ValueError("compile needs a C++ compiler on a CPU, and there is none: g++, or what CXX names")
 
 
+def need(module: str, why: str | Path):
+    """An optional package's module; ValueError says what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise ValueError(f"{why} needs the package {package}: pip install {package}") from None
+
+
+def read_json(file: Path) -> dict:
+    """The object in a .json file; ValueError, one line, where there is none."""
+    try:
+        # Some editors begin a file with a byte order mark.
+        value = json.loads(file.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ValueError(f"{file} does not exist") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return value
+
+
+def write_json(file: Path, value: dict) -> None:
+    """Whole or not at all, whenever process or machine die."""
+    temporary = file.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        stream.write(json.dumps(value, indent=2) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def show(steps: typing.Iterable, desc: str, unit: str, total: int | None = None) -> typing.Iterator:
+    """The steps, behind a bar where there is a terminal, or with a line now and then where there is none."""
+    if not FIRST:
+        yield from steps
+        return
+    if total is None:
+        total = len(steps)
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(steps, total=total, desc=desc, unit=unit, leave=False)
+        return
+    since = time.monotonic()
+    for done, step in enumerate(steps):
+        if time.monotonic() - since >= SECONDS_BETWEEN_LINES:
+            print(f"{desc}: {done:,} of {total:,} {unit}s are done", file=sys.stderr, flush=True)
+            since = time.monotonic()
+        yield step
+
+
 def fail(message: str) -> typing.NoReturn:
     if FIRST:
         print(f"error: {message}", file=sys.stderr)
@@ -157,7 +223,7 @@ def run_config(file: str, values: dict) -> dict:
         fail(f"config file {file} does not exist")
     namespace = dict(values)
     try:
-        tree = ast.parse(Path(file).read_text())
+        tree = ast.parse(Path(file).read_text(encoding="utf-8-sig"))
         exec(compile(tree, file, "exec"), namespace)
     except Exception as error:
         fail(f"config file {file}: {type(error).__name__}: {error}")

@@ -25,6 +25,7 @@ if __name__ == "__main__":
     configure(globals())
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -37,7 +38,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from configurator import FIRST
+from configurator import FIRST, fail, read_json, write_json
 from model import Llama, LossConfig, LowRankClone, ModelConfig, StudentConfig, is_free, start_from_clone
 
 # Our name of each weight of a layer -> its name in a Hugging Face checkpoint, under "model.layers.{i}."
@@ -80,6 +81,8 @@ ALLOWED = {
     "partial_rotary_factor": ((None, 1, 1.0), "1.0"),
 }
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+INDEX = "model.safetensors.index.json"
+MOST_LAYERS = 10_000  # no model has so many, and a list of a billion takes 24 GB
 ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
@@ -105,6 +108,8 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
     for field in SIZES:
         if not isinstance(hf.get(field), int) or hf[field] < 1:
             refuse(field, hf.get(field), "a positive integer")
+    if hf["num_hidden_layers"] > MOST_LAYERS:
+        refuse("num_hidden_layers", hf["num_hidden_layers"], f"at most {MOST_LAYERS}")
     refuse_sliding_windows(hf, family, refuse)
 
     # transformers 5 writes rope_parameters, 4 rope_theta and rope_scaling
@@ -196,18 +201,6 @@ def weight_names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
 # ---- files
 
 
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
-
-
 def read_config(path: str | Path) -> ModelConfig:
     """The config of a Hugging Face directory; ValueError when there is none or it is not supported."""
     path = Path(path)
@@ -215,13 +208,47 @@ def read_config(path: str | Path) -> ModelConfig:
         raise ValueError(f"{path} is not a directory; get a model with: hf download NAME --local-dir {path}")
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} has no config.json; a model is a Hugging Face directory")
-    return from_hf(read_json(path / "config.json"), str(path / "config.json"))
+    config = from_hf(read_json(path / "config.json"), str(path / "config.json"))
+    if config.tie_word_embeddings and has_head_of_its_own(path):
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+    return config
+
+
+@functools.cache
+def say(line: str) -> None:
+    """One line on stderr, once."""
+    if FIRST:
+        print(line, file=sys.stderr)
+
+
+@functools.cache
+def has_head_of_its_own(path: Path) -> bool:
+    """Whether the weights have an LM head that is another matrix than the embedding.
+
+    transformers 5 does not tie such a model, whatever its config.json says; 4.51 did, without a word.
+    """
+    names = (MODEL_NAMES["embedding"], MODEL_NAMES["head"])
+    if not any((path / name).is_file() for name in ("model.safetensors", INDEX)):
+        return False
+    found = tensor_slices(weight_files(path))
+    if not all(name in found for name in names) or found[names[0]][1] != found[names[1]][1]:
+        return False
+    embedding, head = (found[name][0].get_slice(name) for name in names)
+    rows = range(0, found[names[0]][1][0], 4096)
+    if all(torch.equal(embedding[row : row + 4096], head[row : row + 4096]) for row in rows):
+        return False
+    say(f"{path}: config.json says tie_word_embeddings, but {names[1]} is not the embedding: read as untied")
+    return True
 
 
 def weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
+    index = path / INDEX
+    whole = path / "model.safetensors"
+    names = {whole.name}
+    # As transformers chooses where both are there.
+    if whole.is_file() and index.is_file():
+        say(f"{path} has {whole.name} and {index.name}: the first is read, as transformers does")
+    elif index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index} has no weight_map")
@@ -251,19 +278,20 @@ def read_tensors(
     files: list[Path], expected: dict[str, tuple[int, ...]], ignored=(), dtype=None
 ) -> dict[str, Tensor]:
     """The tensors of safetensors files, which must have exactly the expected names and shapes; names that end
-    in one of `ignored` may be there.
+    in one of `ignored`, and known leftovers, may be there.
 
     ValueError names what is missing, unexpected or misshapen, before any tensor is read.
     """
     found = tensor_slices(files)
+    ignored = (*ignored, "rotary_emb.inv_freq")  # which older files have, and config.json says
     problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"unexpected {n}" for n in found if n not in expected and not n.endswith(tuple(ignored))]
+    problems += [f"unexpected {n}" for n in found if n not in expected and not n.endswith(ignored)]
     for name, shape in expected.items():
         if name in found and found[name][1] != tuple(shape):
             problems.append(f"{name} is {list(found[name][1])}, config.json says {list(shape)}")
     if problems:
-        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise ValueError(f"{files[0].parent}: weights do not fit: {'; '.join(problems[:6])}{more}")
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{files[0].parent}: weights do not fit: {'; '.join(problems[:5])}{more}")
     tensors = {name: found[name][0].get_tensor(name).to(dtype) for name in expected}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -283,9 +311,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
     if config.num_hidden_layers > len(tensor_slices(files)):
         raise ValueError(f"{path}: num_hidden_layers is {config.num_hidden_layers}; its weights hold fewer")
     names = weight_names(config)
-    ignored = ["rotary_emb.inv_freq"]
-    if config.tie_word_embeddings:
-        ignored.append("lm_head.weight")
+    ignored = (MODEL_NAMES["head"],) if config.tie_word_embeddings else ()
     expected = {name: shape for name, (_, shape) in names.items()}
     tensors = read_tensors(files, expected, ignored, dtype)
     with torch.device("meta"):
@@ -298,16 +324,18 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )  # fmt: skip
 
 
 def save_model(
     model: Llama, path: Path, dtype: torch.dtype, tokenizer: str | Path | None, max_shard_bytes=5 * 10**9,
-    state: dict[str, Tensor] | None = None,
+    state: dict[str, Tensor] | None = None, turn_ends: tuple[int, ...] = (),
 ):  # fmt: skip
     """Writes a Hugging Face directory for transformers 4 and 5, with `tokenizer`'s files.
 
-    state: the model's state_dict, whole, where its own is sharded.
+    state: the model's state_dict, whole, where its own is sharded. turn_ends: tokens that end a reply, at
+    which generate() is to stop too.
     """
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / "config.json", to_hf(model.config, dtype))
@@ -335,11 +363,19 @@ def save_model(
     source = Path(tokenizer) if tokenizer else path
     if (source / "generation_config.json").is_file():
         generation = read_json(source / "generation_config.json")
+    if turn_ends:
+        ends = eos_ids(generation.get("eos_token_id")) | eos_ids(model.config.eos_token_id)
+        generation["eos_token_id"] = sorted(ends.union(turn_ends))
     write_json(path / "generation_config.json", generation)
-    for name in TOKENIZER_FILES:
-        if source != path and (source / name).is_file():
-            shutil.copyfile(source / name, path / name)
+    for file in (file for name in TOKENIZER_FILES for file in source.glob(name) if source != path):
+        (path / file.relative_to(source)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, path / file.relative_to(source))
     make_tokenizer_portable(path / "tokenizer_config.json")
+
+
+def eos_ids(value: int | list | None) -> set[int]:
+    """The ids of an eos_token_id, which is one, a list or none."""
+    return set(value if isinstance(value, list) else [value]) - {None}
 
 
 def make_tokenizer_portable(file: Path) -> None:
@@ -363,10 +399,6 @@ def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
         raise OSError(f"{file} could not be written: {error}") from None
     # safetensors lets only the owner read what it writes
     shutil.copymode(file.with_name("config.json"), file)
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 PROJECTIONS_FILE = "projections.safetensors"
@@ -492,9 +524,9 @@ def has_projections(path: Path) -> bool:
 
 def save_weights(
     model: Llama | LowRankClone, path: Path, tensors: dict[str, Tensor], tokenizer: str | None,
-    teacher: str | None, teacher_fingerprint: str | None,
+    teacher: str | None, teacher_fingerprint: str | None, turn_ends: tuple[int, ...] = (),
 ) -> None:  # fmt: skip
-    """Writes the weights of a run's checkpoint, tensors: the model's own, whole.
+    """Writes the weights of a run's checkpoint, tensors: the model's own, whole. turn_ends: see save_model.
 
     A plain model and a student of free weights are Hugging Face directories. What clone losses compare the
     latter by (projections, and which neurons are kept) is in a file of its own.
@@ -506,7 +538,7 @@ def save_weights(
     if isinstance(model, LowRankClone):
         names = model.names_in_plain_model()
     state = {theirs: tensors[ours] for theirs, ours in names.items()}
-    save_model(model, path, torch.float32, tokenizer, state=state)
+    save_model(model, path, torch.float32, tokenizer, state=state, turn_ends=turn_ends)
     others = {name: tensor for name, tensor in tensors.items() if name not in names.values()}
     if others:
         write_tensors(others, path / PROJECTIONS_FILE)
@@ -552,7 +584,7 @@ def load_weights(path: Path, model: Llama | LowRankClone) -> None:
         plain = model.names_in_plain_model() if clone else {name: name for name in own}
         names = {theirs: plain[ours] for theirs, (ours, _) in weight_names(model.config).items()}
     expected = {theirs: tuple(own[ours].shape) for theirs, ours in names.items()}
-    ignored = () if "lm_head.weight" in names else ("lm_head.weight",)
+    ignored = () if MODEL_NAMES["head"] in names else (MODEL_NAMES["head"],)
     tensors = read_tensors(files, expected, ignored)
     others = [name for name in own if not is_clone(path) and name not in names.values()]
     if others and has_projections(path):
@@ -620,6 +652,23 @@ def as_llama(student: Llama) -> Llama:
 def largest_difference(expected: Tensor, found: Tensor) -> float:
     """max |found - expected| over max |expected|."""
     return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def transformers_logits(path: Path, ids: Tensor) -> Tensor | None:
+    """What transformers makes of a Hugging Face directory in float32; None where it is not installed.
+
+    Our reader and our writer agree with each other when both are wrong.
+    """
+    try:
+        # It takes seconds to import, and is no requirement.
+        from transformers import AutoModelForCausalLM, utils
+    except ImportError:
+        return None
+    utils.logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(path).float()(ids).logits
+    except Exception as error:  # of many kinds
+        raise ValueError(f"transformers cannot load what was written: {error}") from None
 
 
 CARD = """---
@@ -734,17 +783,26 @@ def main() -> None:
     rounded = student.to(stored).to(torch.float32).logits(ids)
     written = load_model(partial).logits(ids)
     exact = largest_difference(rounded, written)
+    against = f"{source}'s"
+    theirs = transformers_logits(partial, ids[:1])
+    if theirs is None:
+        against += ", by this code alone: transformers is not installed"
+    else:
+        their_difference = largest_difference(rounded[:1], theirs)
+        exact = max(exact, their_difference)
+        against += f", and transformers' of {out} within {their_difference:.1e}"
     rounding = largest_difference(expected, written)
     limit = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}[dtype]
     if not (exact <= 1e-4 and rounding <= limit):  # a NaN is neither
         shutil.rmtree(partial)
         raise ValueError(
-            f"the logits of what was written differ by {max(exact, rounding):.1e}; {out} is not kept"
+            f"the logits of what was written differ by {max(exact, rounding):.1e}, compared with {against}; "
+            f"{out} is not kept"
         )
     write_model_card(partial, target.resolve().name, student, source, its_teacher)
     partial.rename(target)
     count = sum(weight.numel() for weight in student.parameters())
-    print(f"{out}: {count:,} parameters in {dtype}; logits within {rounding:.1e} (relative) of {source}'s")
+    print(f"{out}: {count:,} parameters in {dtype}; logits within {rounding:.1e} (relative) of {against}")
     if not (target / "tokenizer.json").is_file():
         print(f"{out} has no tokenizer: {tokenizer} has no tokenizer.json")
     config = student.config
@@ -759,4 +817,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        fail(str(error))

@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import inspect
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -574,15 +575,24 @@ class LossConfig:
 def clone_losses(
     s: dict[str, Tensor], t: dict[str, Tensor], p: dict[str, Tensor], teacher: dict[str, Tensor],
     student_config: StudentConfig, loss_config: LossConfig,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
     """The clone losses of a layer, {name: scalar}: what training asks to be equal in student and teacher.
 
     s, t: activations of student and teacher, by block's names. p: the layer's projections [d_T, d_S], by the
-    weight they project. teacher: the teacher's weights of the layer. A new term is a line here; its name must
-    be one of block's activations where clone_scale="teacher" is to scale it.
+    weight they project. teacher: the teacher's weights of the layer.
+
+    A new term is a line here, and clone_skip knows its name. A pair is compared by its mean squared error,
+    which clone_scale="teacher" divides by the mean square of the teacher's activation of that name, if block
+    has one. A number is what it is, with a weight of its own:
+
+        pairs["attended"] = (s["attended"], t["attended"])
+        numbers["cosine"] = 0.5 * (1 - F.cosine_similarity(s["gate"], t["gate"], dim=-1)).mean()
+
+    Returns the losses of pairs, and the numbers.
     """
     skip = loss_config.clone_skip
     pairs = {}  # (student's, teacher's) or (student's, teacher's, the projection of the teacher's)
+    numbers = {}
     if not student_config.share_qkv:
         pairs |= {name: (s[name], t[name]) for name in ("q", "k", "v")}
     elif "attn_in" not in skip:
@@ -599,7 +609,18 @@ def clone_losses(
         pairs["mlp_out"] = (s["mlp_out"], t["mlp_out"], p.get("down"))
     elif "mlp_out" not in skip:
         pairs["mlp_out"] = (gated_linear(s["gate"], s["up"], teacher["down"]), t["mlp_out"])
-    return {name: mse(*pair) for name, pair in pairs.items() if name not in skip}
+    assert not pairs.keys() & numbers.keys(), "a pair and a number of one name"
+    errors = {name: mse(*pair) for name, pair in pairs.items() if name not in skip}
+    return errors, {name: number for name, number in numbers.items() if name not in skip}
+
+
+def clone_terms(student_config: StudentConfig, loss_config: LossConfig) -> tuple[str, ...]:
+    """The names of clone_losses' terms, skipped ones too: what it makes of a layer with one neuron."""
+    activations = defaultdict(lambda: torch.ones(1, 1, 1))
+    weights = defaultdict(lambda: torch.ones(1, 1))
+    whole = dataclasses.replace(loss_config, clone_skip=())
+    errors, numbers = clone_losses(activations, activations, weights, weights, student_config, whole)
+    return (*errors, *numbers)
 
 
 class MeanSquaredError(torch.autograd.Function):
@@ -617,6 +638,10 @@ class MeanSquaredError(torch.autograd.Function):
             ctx.projection_grad = teacher.flatten(0, 1).T @ difference.flatten(0, 1)
         ctx.save_for_backward(difference)
         wide = torch.promote_types(difference.dtype, torch.float32)
+        # On a CPU a norm adds up value by value, and is off by 6e-5 after two million; a mean adds pairwise.
+        # On a GPU a norm is as exact, and takes no memory for the squares.
+        if difference.device.type == "cpu":
+            return difference.to(wide).square().mean()
         return torch.linalg.vector_norm(difference, dtype=wide).square() / difference.numel()
 
     @staticmethod
@@ -761,7 +786,7 @@ def terms_without_equal_shapes(
     layers = len(student.student_layers or range(teacher.num_hidden_layers))
     if shape.num_hidden_layers != layers:
         why = f"the student has {shape.num_hidden_layers} layers, not {layers}"
-        return dict.fromkeys(("q", "k", "v", "attn_out", "gate", "up", "mlp_out"), why)
+        return dict.fromkeys(clone_terms(student, losses), why)
     heads = ("num_attention_heads", "head_dim")
     needs = {"q": heads, "k": ("num_key_value_heads", "head_dim"), "attn_out": heads}
     needs |= dict.fromkeys(("gate", "up", "mlp_out"), ("intermediate_size",))
@@ -791,7 +816,7 @@ def keep_neurons(teacher: dict[str, Tensor], neurons: Tensor | None) -> dict[str
 def clone_block(
     teacher: dict[str, Tensor] | None, student: dict[str, Tensor] | None, x_t: Tensor, x_s: Tensor,
     configs: tuple[ModelConfig, ModelConfig], ropes: tuple, mask, compare, recompute: bool,
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, tuple[dict[str, Tensor], dict[str, Tensor]]]:  # fmt: skip
     """One layer of teacher and student in lock-step, so that a teacher activation lives only as long as its
     loss: x_t [B, T, d_T], x_s [B, T, d_S] -> (x_t, x_s, clone losses).
 
@@ -807,7 +832,7 @@ def clone_block(
     elif student is not None:
         x_s, s = block(x_s, student, configs[1], ropes[1], mask)
     if compare is None or teacher is None:
-        return x_t, x_s, {}
+        return x_t, x_s, ({}, {})
     p = {name.removeprefix("P_"): weight for name, weight in student.items() if name.startswith("P_")}
     neurons = student.get("neurons")
     if neurons is not None:
@@ -968,9 +993,11 @@ class LowRankClone(nn.Module):
         for j, x_t, x_s, terms in self.lock_step(ids, student, documents):  # noqa: B007
             if j is None:
                 continue
-            if self.mean_squares is not None:
-                terms = {name: loss / self.mean_squares[name][self.kept[j]] for name, loss in terms.items()}
-            by_layer.append(terms)
+            errors, numbers = terms
+            scales = self.mean_squares or {}
+            for name in errors.keys() & scales.keys():
+                errors[name] = errors[name] / scales[name][self.kept[j]]
+            by_layer.append(errors | numbers)
         x_t = rms_norm(x_t, self.teacher.norm, self.teacher.config.rms_norm_eps)
         x_s = rms_norm(x_s, student["norm"], self.config.rms_norm_eps)
         result = head_loss(

@@ -48,7 +48,6 @@ import functools
 import glob
 import gzip
 import hashlib
-import importlib
 import io
 import itertools
 import json
@@ -70,8 +69,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 from tqdm import tqdm
+
+from configurator import fail, need, read_json, sha256, show, write_json
 
 FORMAT = 2
 HEADER = 128  # bytes before the values of a one-dimensional .npy file
@@ -81,45 +82,83 @@ LONGEST_TEXT = 2**24  # bytes in which a .txt file is one document; a longer one
 LONGEST_ROW = 2**26  # bytes in which a line, or the array of a .json file, must end
 OPEN_ARRAYS = 256  # shard files open at a time, of the 1024 that a process may have on many systems
 PAD_TO = 128  # tokens to whose multiple a batch of SFT rows is padded: a new length costs a GPU a new plan
+SAID_TOO = ("tool_calls", "reasoning_content")  # what an assistant can say beside content
 CUT = "\ufdd0"  # put into a special token's string that a chat spells out; Unicode keeps it for such uses
 MARK = "\ufdd1"  # put in place of what an assistant says, to find where the template writes it
+BOM = b"\xef\xbb\xbf"  # a byte order mark, which is no content
 PREFIX = {"tokens": "", "heldout": "heldout_"}  # of the files of each split
 PARQUET_ERRORS = (OSError, ValueError, NotImplementedError)  # that pyarrow raises of a damaged file
-ARRAY_TOO_LONG = (
-    "a JSON array over 64 MB; give its rows as .jsonl or .parquet, which the hub converts data sets to"
-)
+ARRAY_TOO_LONG = "a JSON array over 64 MB; give its rows as .jsonl or .parquet, as the hub converts them"
 STDLIB = Path(os.__file__).parent
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory, by all of its files; ValueError where they contradict."""
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"{file} does not exist; a tokenizer is a Hugging Face directory with that file")
     try:
-        model = Tokenizer.from_file(str(file))
+        model = Tokenizer.from_str(file.read_text(encoding="utf-8-sig"))
     except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(f"{file} is not a tokenizer: {error}") from None
     # A file can carry the length limit of whoever saved it.
     model.no_truncation()
     model.no_padding()
+    config = tokenizer_config(path)
+    # transformers 5 makes this class's parts anew, without a second space before a text; 4.51 did not.
+    is_llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+    if is_llama and "ByteLevel" not in f"{model.decoder} {model.pre_tokenizer}":
+        scheme = "always" if config.get("legacy") else "first"
+        scheme = "never" if config.get("add_prefix_space") is False else scheme
+        model.normalizer = normalizers.Sequence([])
+        model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    more = config["additional_special_tokens"]
+    named = [token for name, token in config.items() if name.endswith("_token") and token] + more
+    added = {token.content: token for token in model.get_added_tokens_decoder().values()}
+    for i, token in sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0])):
+        if isinstance(token, str):  # of added_tokens.json, which has no flags; tokenizer.json can have them
+            token = added.get(token) or AddedToken(token, normalized=token not in named)
+        else:
+            token = AddedToken(**token)
+        added[token.content] = token
+        model.add_tokens([token])
+        if (found := model.token_to_id(token.content)) != int(i):
+            raise ValueError(f"{path} contradicts itself: {token.content!r} is token {i} and token {found}")
+    for name in ("bos_token", "eos_token"):
+        if config.get(name) and model.token_to_id(config[name]) is None:
+            raise ValueError(f"{path} names {config[name]!r} as its {name}, but no file there has that token")
+    # A name without an id gets the next one, as in transformers; but a pad_token and its like are in no text.
+    for token in (token for token in named if token in more or model.token_to_id(token) is not None):
+        model.add_special_tokens([added.get(token) or AddedToken(token, normalized=False)])
     return model
 
 
 def tokenizer_config(path: str | Path) -> dict:
-    """tokenizer_config.json, special tokens as plain strings."""
-    file = Path(path) / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    for name, value in config.items():
-        if name.endswith("_token") and isinstance(value, dict):
-            config[name] = value["content"]
-    return config
+    """What the files beside tokenizer.json say: tokenizer_config.json's fields, with tokens as strings."""
+    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    files = [Path(path) / name for name in names]
+    config, special, ids = (read_json(file) if file.is_file() else {} for file in files)
+    # transformers lets the other two files win, or passes over them where there is an added_tokens_decoder.
+    config = special | config if "added_tokens_decoder" in config else config | special
+    more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+
+    def content(token) -> str | None:
+        token = token.get("content") if isinstance(token, dict) else token
+        return token if isinstance(token, str) else None  # add_bos_token and the like are no tokens
+
+    config |= {name: content(token) for name, token in config.items() if name.endswith("_token")}
+    more = more.values() if isinstance(more, dict) else more
+    config["additional_special_tokens"] = [content(token) for token in more]
+    return {"added_tokens_decoder": {i: token for token, i in ids.items()}} | config
 
 
 def special_ids(tokenizer: Tokenizer, path: str | Path) -> tuple[list[int], int | None]:
-    """(ids the tokenizer itself puts before a text, EOS id by tokenizer_config.json)."""
+    """(ids the tokenizer itself puts before a text, EOS id by its directory's files)."""
     eos = tokenizer_config(path).get("eos_token")
-    eos_id = None if eos is None else tokenizer.token_to_id(eos)
-    return [i for i in tokenizer.encode("").ids if i != eos_id], eos_id
+    # transformers 5 passes over add_bos_token where there is a tokenizer.json, as here; 4.51 did not.
+    encoded = tokenizer.encode("a")
+    before = [*encoded.sequence_ids, 0].index(0)
+    return encoded.ids[:before], None if eos is None else tokenizer.token_to_id(eos)
 
 
 def special_pattern(tokenizer: Tokenizer) -> re.Pattern:
@@ -129,9 +168,13 @@ def special_pattern(tokenizer: Tokenizer) -> re.Pattern:
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
-def break_specials(special: re.Pattern, text: str) -> str:
-    """The text, with CUT in every special token's string that it spells out."""
-    return special.sub(lambda match: match[0][0] + CUT + match[0][1:], text)
+def break_specials(special: re.Pattern, value):
+    """A text, or an object with texts in it, with CUT in every special token's string that it spells out."""
+    if isinstance(value, str):
+        return special.sub(lambda match: match[0][0] + CUT + match[0][1:], value)
+    if isinstance(value, dict):
+        return {key: break_specials(special, member) for key, member in value.items()}
+    return [break_specials(special, member) for member in value] if isinstance(value, list) else value
 
 
 def puts_space_first(tokenizer: Tokenizer) -> bool:
@@ -189,49 +232,52 @@ def vocabulary_hash(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
-def need(module: str, why: str | Path):
-    """An optional package's module; ValueError says what to install."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise ValueError(f"{why} needs the package {package}: pip install {package}") from None
-
-
 @functools.cache
 def chat_template(path: str | Path) -> Callable[..., str]:
     """The chat template in a tokenizer's directory as a function of messages, set up as transformers does."""
+    files = {file.stem: file for file in Path(path).glob("additional_chat_templates/*.jinja")}
+    files["default"] = Path(path) / "chat_template.jinja"
+    sources = {name: file.read_text(encoding="utf-8-sig") for name, file in files.items() if file.is_file()}
     config = tokenizer_config(path)
-    file = Path(path) / "chat_template.jinja"
-    source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
     # A tokenizer can have several by name, as for tools or for retrieval.
-    if isinstance(source, list):
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    if source is None:
+    sources = sources or config.get("chat_template") or {}
+    if isinstance(sources, list):
+        sources = {entry["name"]: entry["template"] for entry in sources}
+    if isinstance(sources, str):
+        sources = {"default": sources}
+    if "default" not in sources:
         raise ValueError(f"{path} has no chat template, in chat_template.jinja or tokenizer_config.json")
     sandbox = need("jinja2.sandbox", f"the chat template of {path}")
 
     def raise_exception(message):
         raise ValueError(message)
 
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+        text = json.dumps(value, ensure_ascii=ensure_ascii, **options)
+        # Escaped, CUT and MARK would be content.
+        return re.sub(r"\\ufdd[01]", lambda match: json.loads(f'"{match[0]}"'), text)
+
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
     # A fixed day, the one Llama's templates fall back to: shards must not depend on when they were made.
     environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
     # {% generation %} only marks what the assistant says; as an `if` it keeps its whitespace control.
-    source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
-    source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
+    for name, source in sources.items():
+        source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
+        sources[name] = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
     try:
-        template = environment.from_string(source)
+        templates = {name: environment.from_string(source) for name, source in sources.items()}
     except Exception as error:  # jinja2 is imported only by need
         raise ValueError(f"the chat template of {path} is broken: {error}") from None
-    fixed = {name: value for name, value in config.items() if name.endswith("_token")}
-    fixed |= {"tools": None, "documents": None, "add_generation_prompt": False}
+    fixed = {name: token for name, token in config.items() if name.endswith("_token") and token}
 
-    def render(messages: list[dict], **options) -> str:
+    def render(messages: list[dict], tools: list[dict] | None = None, add_generation_prompt=False) -> str:
+        template = templates["tool_use" if tools is not None and "tool_use" in templates else "default"]
+        options = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
             return template.render(messages=messages, **fixed | options)
         except Exception as error:  # whatever a template does not like about a chat
@@ -271,7 +317,12 @@ def find_files(input: str | list[str]) -> list[Path]:
     for pattern in [input] if isinstance(input, str) else input:
         if not isinstance(pattern, str):
             raise ValueError(f"input has {pattern!r} in it, which is no file or glob; several are ('a', 'b')")
-        matches = sorted(Path(f) for f in glob.glob(pattern, recursive=True) if os.path.isfile(f))
+        # What is there is meant as it is written, brackets and stars too; what is not is a glob.
+        there = pattern
+        while there and not os.path.exists(there):
+            there = os.path.dirname(there)
+        pathname = glob.escape(there) + pattern[len(there) :]
+        matches = sorted(Path(f) for f in glob.glob(pathname, recursive=True) if os.path.isfile(f))
         if not matches:
             raise ValueError(f"input {pattern} matches no file")
         files += matches
@@ -286,7 +337,7 @@ def columns_of(settings: dict) -> set[str]:
 
 
 def begins_array(stream) -> bool:
-    return stream.peek(BLOCK).lstrip().startswith(b"[")
+    return stream.peek(BLOCK).removeprefix(BOM).lstrip().startswith(b"[")
 
 
 def split_file(file: Path, settings: dict) -> Iterator[Part]:
@@ -394,18 +445,25 @@ def open_parquet(file: Path):
 def read_row_group(file: Path, group: int, settings: dict) -> Iterator[tuple[int, dict | ValueError]]:
     parquet = open_parquet(file)
     wanted = columns_of(settings) | {settings["score_key"], settings["score_key"].split(".")[0]}
-    columns = [name for name in parquet.schema_arrow.names if name in wanted]
+    columns = [name for name in parquet.schema_arrow.names if name in wanted | {"tools"}]
     number = 0
     try:
         # The other cores have workers of their own.
         for batch in parquet.iter_batches(256, [group], columns, use_threads=False):
             for row in batch.to_pylist():
                 number += 1
-                yield number, row
+                yield number, drop_nulls(row)
     except PARQUET_ERRORS as error:
         # What was read of the group before the damage is kept.
         lost = parquet.metadata.row_group(group).num_rows - number
         yield number + 1, ValueError(f"{lost} rows lost: {error}".replace("\n", " "))
+
+
+def drop_nulls(value):
+    """An object without the keys that are null: Arrow gives all structs of a column the keys of each."""
+    if isinstance(value, dict):
+        return {key: drop_nulls(member) for key, member in value.items() if member is not None}
+    return [drop_nulls(member) for member in value] if isinstance(value, list) else value
 
 
 def open_stream(file: Path, compression: str | None):
@@ -434,6 +492,8 @@ def read_part(part: Part, settings: dict) -> Iterator[tuple[str, object]]:
                     yield f"{file}: row {number}", row
                 return
             for offset, span in read_spans(stream, part, LONGEST_TEXT if kind in ("txt", "py") else 0):
+                if offset == 0 and isinstance(span, bytes):
+                    span = span.removeprefix(BOM)
                 # Blank lines stand between rows or at the end.
                 if isinstance(span, ValueError) or span.strip():
                     yield f"{file}: byte {offset}", span
@@ -475,7 +535,7 @@ class Encoder:
             self.dtypes["mask"] = "uint8"
             chat_template(settings["tokenizer"])
 
-    def encode_chat(self, turns: list[dict]) -> tuple[str, list[int], list[bool]]:
+    def encode_chat(self, turns: list[dict], tools) -> tuple[str, list[int], list[bool]]:
         """(rendered text, ids, loss mask: the assistant's turns, each with the special token that ends it).
 
         The chat is rendered a second time, with MARK as what the assistant says. Between special tokens, of
@@ -483,51 +543,78 @@ class Encoder:
         the template adds, trims or leaves out. What both have stays out: the empty <think> block that Qwen3
         puts before the last answer, part of the prompt when it answers. A thought that it keeps is in.
         """
+        tools = json.loads(tools or "null") if isinstance(tools, str) else tools
+        if not isinstance(tools or [], list) or not all(isinstance(tool, dict) for tool in tools or []):
+            raise ValueError("its tools are no list of objects")
         chat = []
         marked = []
         # Chats come as messages of role and content, and as conversations of from and value.
         for turn in turns:
-            role = turn.get("role", turn.get("from"))
-            content = turn.get("content", turn.get("value"))
-            if not isinstance(role, str) or not isinstance(content, str) or MARK in content:
+            turn = {"role": turn.get("from"), "content": turn.get("value"), **turn}
+            turn = {key: value for key, value in turn.items() if value is not None}
+            role = turn.get("role")
+            role = turn["role"] = {"human": "user", "gpt": "assistant"}.get(role, role)
+            calls = role == "assistant" and any(turn.get(key) for key in SAID_TOO)
+            if not (isinstance(role, str) and isinstance(turn.get("content", "" if calls else None), str)):
                 raise ValueError("a turn without a role (from) or without text as its content (value)")
-            role = {"human": "user", "gpt": "assistant"}.get(role, role)
-            content = break_specials(self.special, content)
-            chat.append({**turn, "role": role, "content": content})
-            marked.append({**chat[-1], "content": MARK if role == "assistant" else content})
-        render = chat_template(self.settings["tokenizer"])
+            turn = break_specials(self.special, turn)
+            chat.append(turn)
+            marked.append({**turn, "content": MARK} if role == "assistant" and not calls else turn)
+        tools = break_specials(self.special, tools)
+        render = functools.partial(chat_template(self.settings["tokenizer"]), tools=tools)
+        whole = render(chat)
         # Lists of text, special token, text, …, of one length if the answers do not change the template.
-        full = self.special.split(render(chat))
+        full = self.special.split(whole)
         skeleton = self.special.split(render(marked))
-        if full[1::2] != skeleton[1::2]:
+        if MARK in whole or full[1::2] != skeleton[1::2]:
             raise ValueError("the template's special tokens depend on what the assistant says")
 
-        # The whole rendering, each turn of the assistant's between two MARKs.
-        text = ""
-        for piece, pattern, special in zip(full[::2], skeleton[::2], [*full[1::2], ""], strict=True):
+        # Of each turn its first text, what the prompt has of that, and the special token that ends it.
+        longer = [i for i, turn in enumerate(chat) if turn["role"] == "assistant" and turn is marked[i]]
+        bounds = [self.turn_bounds(render, chat, i, full) for i in longer if self.settings["sft"]]
+        for i, pattern in enumerate(skeleton):
             before, mark, after = pattern.partition(MARK)
             if after.strip() and self.settings["sft"]:
                 raise ValueError("the template ends an assistant's turn without a special token")
             if mark:
-                # Up to here the prompt is the same whatever the answer; a turn ends with the token after it.
-                start = len(os.path.commonprefix([piece, before]))  # noqa: RUF071
-                if self.puts_space_first:  # its words begin with their space
-                    start = len(piece[:start].rstrip(" "))
-                text += piece[:start] + MARK + piece[start:] + special + MARK
-            else:
-                text += piece + special
+                bounds.append((i, before, min(i + 1, len(full) - 1)))
+        # The whole rendering, each turn of the assistant's between two MARKs.
+        text = list(full)
+        for first, before, last in bounds:
+            # Up to here the prompt is the same whatever the answer; a turn ends with the token after it.
+            start = len(os.path.commonprefix([full[first], before]))  # noqa: RUF071
+            if self.puts_space_first:  # its words begin with their space
+                start = len(full[first][:start].rstrip(" "))
+            text[last] += MARK
+            text[first] = full[first][:start] + MARK + text[first][start:]
         # A turn by itself: no token reaches over its boundary, as none does when it is generated.
         ids = []
         mask = []
         goes_on = False
-        for i, segment in enumerate(text.split(MARK)):
+        for i, segment in enumerate("".join(text).split(MARK)):
             if self.settings["special_tokens"]:
                 segment = segment.replace(CUT, "")
             new = encode_rendered(self.model, segment, goes_on)
             goes_on = self.special.split(segment)[-1] != ""  # not behind a special token
             ids += new
             mask += [i % 2 == 1] * len(new)
-        return "".join(full).replace(CUT, ""), ids, mask
+        return whole.replace(CUT, ""), ids, mask
+
+    def turn_bounds(self, render: Callable, chat: list[dict], i: int, full: list[str]) -> tuple:
+        """encode_chat's bounds of turn i, which says more than content, such as tool_calls: from where MARK
+        alone would stand to where a chat up to it ends."""
+        said = {"role": "assistant", "content": MARK}
+        try:
+            opened = self.special.split(render([*chat[:i], said, *chat[i + 1 :]]))
+        except ValueError:  # a template can refuse what follows a turn without calls
+            opened = self.special.split(render([*chat[:i], said]))
+        closed = self.special.split(render(chat[: i + 1]))
+        first = next((k for k, text in enumerate(opened) if MARK in text), len(opened))
+        last = len(closed) - 2
+        is_prefix = opened[1:first:2] + closed[1::2] == full[1:first:2] + full[1 : last + 1 : 2]
+        if closed[-1].strip() or first > last or not is_prefix:
+            raise ValueError("the template's special tokens do not show the bounds of a turn of tool calls")
+        return first, opened[first].partition(MARK)[0], last
 
     def row(self, row, file: Path) -> tuple[str, list[int], list[bool]] | None:
         """(split, ids, loss mask) of a row; None: filtered out; ValueError says what is wrong with it."""
@@ -553,7 +640,7 @@ class Encoder:
         turns = row.get("messages") or row.get("conversations")
         if turns:
             try:
-                text, ids, mask = self.encode_chat(turns)
+                text, ids, mask = self.encode_chat(turns, row.get("tools"))
             except Exception as error:  # whatever a template does not like about a chat
                 raise ValueError(f"chat: {error}") from None
         elif settings["sft"]:
@@ -582,28 +669,6 @@ class Encoder:
 # ---- shards, written
 
 WORKER = {}  # a worker's Encoder, the directory it writes to, and max_bad
-
-
-def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_json(file: Path, value: dict) -> None:
-    """Whole or not at all, whenever process or machine die."""
-    temporary = file.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(json.dumps(value, indent=2) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-
-
-def load_json(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 class ShardWriter:
@@ -639,12 +704,8 @@ class ShardWriter:
             path = Path(file.name)
             sums[path.name] = sha256(path)
         name = Path(self.files["tokens"].name).name
-        return {
-            "file": name,
-            "tokens": self.counts["tokens"],
-            "documents": self.counts["ends"],
-            "sha256": sums,
-        }
+        counts = {"tokens": self.counts["tokens"], "documents": self.counts["ends"]}
+        return {"file": name, **counts, "sha256": sums}
 
 
 def start_worker(worker: dict) -> None:
@@ -669,7 +730,7 @@ def write_unit(number: int, parts: list[Part]) -> dict:
     partial = WORKER["partial"]
     done = partial / f"unit_{number:05d}.json"
     if done.is_file():
-        return load_json(done)
+        return read_json(done)
     writers = {}
     filtered = 0
     bad = []
@@ -697,10 +758,9 @@ def write_unit(number: int, parts: list[Part]) -> dict:
 
 def check_bad(bad: list[str], max_bad: int) -> None:
     if len(bad) > max_bad:
-        raise ValueError(
-            f"{len(bad)} bad documents, more than max_bad = {max_bad}, the last {bad[-1]}; "
-            "the same command with a higher --max_bad goes on from here"
-        )
+        advice = "the same command with a higher --max_bad goes on from here"
+        count = f"{len(bad)} bad documents, more than max_bad = {max_bad}"
+        raise ValueError(f"{count}, the last {bad[-1]}; {advice}")
 
 
 def run_units(units: list[list[Part]], workers: int, worker: dict) -> list[dict]:
@@ -709,7 +769,8 @@ def run_units(units: list[list[Part]], workers: int, worker: dict) -> list[dict]
     bad = []
     pool = ProcessPoolExecutor(workers, None, start_worker, (worker,))
     try:
-        for result in tqdm(pool.map(write_unit, range(len(units)), units), total=len(units), unit="unit"):
+        done = pool.map(write_unit, range(len(units)), units)
+        for result in show(done, desc="preparing", unit="unit", total=len(units)):
             for reason in result["bad"]:
                 tqdm.write(f"skipped {reason}", file=sys.stderr)
             bad += result["bad"]
@@ -747,7 +808,7 @@ def begin(partial: Path, settings: dict) -> io.TextIOWrapper:
         raise ValueError(f"another process is writing {partial}") from None
     # Units that other settings made do not go with these.
     if (partial / "settings.json").is_file():
-        check_settings(load_json(partial / "settings.json"), settings, partial)
+        check_settings(read_json(partial / "settings.json"), settings, partial)
     else:
         write_json(partial / "settings.json", settings)
     return lock
@@ -781,17 +842,19 @@ def write_shards(
         if kind_of(file)[0] in ("txt", "py") and (sft or min_score is not None):
             raise ValueError(f"{file} is plain text: it has no {'chats' if sft else 'scores'}")
     encoder = Encoder(settings)
+    if encoder.eos_id is None:
+        print(f"{tokenizer} names no EOS: nothing marks where a text ends", file=sys.stderr)
 
     # Of the input, names, sizes and times of change stand for what is in it.
     listing = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
     total_size = sum(size for _, size, _ in listing)
     settings["input_files"] = f"{len(files)} files, {total_size:,} bytes, {digest}"
-    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    found = [file for name in names if (file := Path(tokenizer) / name).is_file()]
+    patterns = ("*token*.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
+    found = [file for pattern in patterns for file in sorted(Path(tokenizer).glob(pattern))]
     settings["tokenizer_files"] = {file.name: sha256(file) for file in found}
     if out.exists():
-        check_settings(load_json(out / "meta.json")["settings"], settings, out)
+        check_settings(read_json(out / "meta.json")["settings"], settings, out)
         # Left by a call that was killed before its very last step.
         shutil.rmtree(partial, ignore_errors=True)
         print(f"{out} is there already, made with the same settings")
@@ -834,10 +897,9 @@ def write_shards(
     lock.close()
     print(f"{out}: {counts}")
     if heldout_fraction and not documents["heldout"]:
-        print(
-            f"nothing is held out of {documents['tokens']:,} documents, so train.py cannot evaluate on them: "
-            "give more and shorter ones (files, or lines of .jsonl), or a larger --heldout_fraction"
-        )
+        advice = "give more and shorter ones (files, or lines of .jsonl), or a larger --heldout_fraction"
+        none = f"nothing is held out of {documents['tokens']:,} documents, so train.py cannot evaluate"
+        print(f"{none}: {advice}")
 
 
 # ---- shards, read
@@ -846,7 +908,7 @@ def write_shards(
 def read_meta(path: Path) -> dict:
     if not (path / "meta.json").is_file():
         raise ValueError(f"{path} has no meta.json: not a shard directory (prepare.py writes one)")
-    meta = load_json(path / "meta.json")
+    meta = read_json(path / "meta.json")
     if meta["format"] != FORMAT:
         raise ValueError(f"{path} has shard format {meta['format']}, not {FORMAT}: prepare it again")
     return meta
@@ -973,10 +1035,8 @@ class Mixture:
             source.blocks if budget is None else max(1, int(budget / source.tokens_per_block))
             for source, budget in zip(self.sources, data.values(), strict=True)
         ]
-        self.starts = [
-            0,
-            *itertools.accumulate(self.shares),
-        ]  # of each source among an epoch's samples, unshuffled
+        # Of each source among an epoch's samples, unshuffled.
+        self.starts = [0, *itertools.accumulate(self.shares)]
         self.total = self.starts[-1]
         tokens = (s.tokens_per_block * share for s, share in zip(self.sources, self.shares, strict=True))
         self.tokens_per_block = sum(tokens) / self.total
@@ -1027,7 +1087,7 @@ def describe(directory: str) -> None:
         print(f"  skipped {reason}")
     print(f"  {meta['vocab_size']:,} token ids of {meta['tokenizer']}, as {meta['dtype']}")
     for split, shards in meta["splits"].items():
-        for shard in tqdm(shards, desc="verifying", unit="shard", leave=False):
+        for shard in show(shards, desc="verifying", unit="shard"):
             for name, written in shard["sha256"].items():
                 if not (path / name).is_file() or sha256(path / name) != written:
                     raise ValueError(f"{path / name} is missing or damaged: its sha256 is not meta.json's")
@@ -1046,6 +1106,6 @@ if __name__ == "__main__":
     try:
         describe(inspect) if inspect else write_shards()
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        fail(str(error))
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on with the units left") from None

@@ -41,9 +41,10 @@ import torch
 import torch.nn.functional as F
 
 import convert
-from configurator import choose_device, need_compiler
+from configurator import choose_device, fail, need_compiler, read_json
 from model import Llama, LowRankClone, ModelConfig, head_of, hidden_states, rope_table
 from prepare import (
+    MARK,
     break_specials,
     chat_template,
     encode_rendered,
@@ -143,15 +144,22 @@ class Streamer:
 
 
 def ending_ids(eos: int | None, config: ModelConfig, directory: str) -> tuple[int, ...]:
-    """The ids that end a text or a turn: the tokenizer's, the model's and generation_config.json's EOS."""
-    found = [eos, config.eos_token_id]
+    """The ids that end a text: the tokenizer's, the model's and generation_config.json's EOS."""
     file = Path(directory) / "generation_config.json"
-    if file.is_file():
-        found.append(convert.read_json(file).get("eos_token_id"))
-    ids = set()
-    for value in found:  # an id, a list of ids, or None
-        ids.update(value if isinstance(value, list) else [value])
-    return tuple(ids - {None})
+    generation = read_json(file) if file.is_file() else {}
+    ids = convert.eos_ids(generation.get("eos_token_id")) | convert.eos_ids(config.eos_token_id)
+    return tuple(ids | convert.eos_ids(eos))
+
+
+def turn_end_ids(tokens, directory: str) -> tuple[int, ...]:
+    """The token by which the chat template closes the assistant's turn, where that is one of the added ones.
+
+    ValueError where there is no template, or none that renders a question with its answer.
+    """
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
+    after = chat_template(directory)(chat).partition(MARK)[2].lstrip()
+    ids = encode_text(tokens, after, special_tokens=True)[:1]
+    return tuple(i for i in ids if i in tokens.get_added_tokens_decoder())
 
 
 def encode_chat(tokens, render, messages: list[dict]) -> list[int]:
@@ -244,6 +252,7 @@ def main() -> None:
     bos, eos = special_ids(tokens, directory)
     stop_ids = ending_ids(eos, llama.config, directory)
     if chat:
+        stop_ids += turn_end_ids(tokens, directory)
         sys.stdin.reconfigure(errors="replace")
         return converse(llama, tokens, render, stop_ids)
     ids = bos + encode_text(tokens, prompt)
@@ -262,6 +271,6 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        fail(str(error))
     except KeyboardInterrupt:
         print()

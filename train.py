@@ -42,7 +42,7 @@ clone_weight = 0.2  # the sum of all clone losses (paper: alpha); 0 leaves them 
 clone_attn_out: Literal["student", "teacher"] = "student"  # compared in whose space (authors' code: teacher)
 clone_mlp_out: Literal["student", "teacher"] = "student"  # likewise, for the FFN's output
 clone_scale: Literal["none", "teacher"] = "teacher"  # teacher: each term over its activation's mean square
-clone_skip: tuple = ()  # clone terms to leave out: q k v attn_out gate up mlp_out (shared: attn_in mlp_in)
+clone_skip: tuple = ()  # clone terms to leave out, by the names that the log has (another one lists them)
 clone_skip_layers: tuple = ()  # layers without clone losses, by index
 # data
 data: str | dict | None = "data/quickstart/corpus"  # shard directory, or {directory: token budget or None}
@@ -101,6 +101,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import math
@@ -124,19 +125,14 @@ from tqdm import tqdm
 
 import convert
 import model as models
-from configurator import choose_device, need_compiler
+from configurator import choose_device, need_compiler, show
 from prepare import Mixture, encode_text, load_tokenizer, special_ids, vocabulary_hash, write_shards
-from sample import generate
+from sample import generate, turn_end_ids
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 QUICKSTART = "data/quickstart"
 LAYERS_OF_A_UNIT = 8  # that FSDP gathers at once: each unit costs CPU time, and larger ones memory
-
-
-def show(steps, **options):
-    """The steps, behind a bar where rank 0 has a terminal."""
-    return tqdm(steps, leave=False, disable=None if RANK == 0 else True, **options)
 
 
 def print0(text: str) -> None:
@@ -268,12 +264,12 @@ def options_of(config: type) -> dict:
 
 def loss_config() -> models.LossConfig:
     """The loss that the options describe; ValueError names one with a term or layer that there is not."""
-    terms = ("attn_in",) if share_qkv else ("q", "k", "v")
-    terms += ("attn_out", "mlp_in") if share_gate_up else ("attn_out", "gate", "up")
-    terms += ("mlp_out",)
-    if not set(clone_skip) <= set(terms):
-        raise ValueError(f"clone_skip is {clone_skip}; allowed: {terms}")
-    return models.LossConfig(**options_of(models.LossConfig))
+    losses = models.LossConfig(**options_of(models.LossConfig))
+    if clone_skip:
+        terms = models.clone_terms(models.StudentConfig(**options_of(models.StudentConfig)), losses)
+        if not set(clone_skip) <= set(terms):
+            raise ValueError(f"clone_skip is {clone_skip}; allowed: {terms}")
+    return losses
 
 
 def student_config(teacher_layers: int) -> models.StudentConfig:
@@ -297,6 +293,7 @@ def build_model(compute_dtype: torch.dtype) -> models.LowRankClone | models.Llam
     if from_plain and (eval_only or (train == "weights" and not convert.has_projections(source))):
         # Any model with the vocabulary is a student; what a run here left is as its options say.
         shape = convert.read_config(source)
+        refuse_another_tokenizer(source)
         if shape.vocab_size != base.vocab_size:
             sizes = f"{shape.vocab_size} tokens; the teacher has {base.vocab_size}"
             raise ValueError(f"{source} has {sizes}: a student needs the teacher's vocabulary")
@@ -316,6 +313,15 @@ def build_model(compute_dtype: torch.dtype) -> models.LowRankClone | models.Llam
             f"clone_skip_layers is {clone_skip_layers}; the student has {shape.num_hidden_layers}"
         )
     return models.LowRankClone(load_teacher(compute_dtype), student, losses, shape)
+
+
+def refuse_another_tokenizer(source: Path) -> None:
+    """ValueError where a student's own tokenizer maps other strings to ids than the teacher's does."""
+    theirs = tokenizer or teacher
+    if all((Path(path) / "tokenizer.json").is_file() for path in (source, theirs)):
+        hashes = {vocabulary_hash(load_tokenizer(path)) for path in (source, theirs)}
+        if len(hashes) > 1:
+            raise ValueError(f"{source} has another vocabulary than {theirs}: a student needs its teacher's")
 
 
 def base_shape() -> models.ModelConfig:
@@ -339,6 +345,30 @@ def tokenizer_directory() -> str | None:
         if (source / "tokenizer.json").is_file():
             return str(source)
     return tokenizer or teacher or (init_from and str(convert.resolve(init_from)))
+
+
+def turn_ends(tokenizer_dir: str | None) -> tuple[int, ...]:
+    """With sft, the tokens at which generate() is to stop, by the chat template of the tokenizer."""
+    if not (sft and tokenizer_dir):
+        return ()
+    try:
+        return turn_end_ids(load_tokenizer(tokenizer_dir), tokenizer_dir)
+    except ValueError as error:
+        print0(f"generation_config.json has no end of turn: {error}")
+        return ()
+
+
+def lock_out_dir() -> None:
+    """Holds out_dir for this run until its process ends, however it does; ValueError while another has it."""
+    os.makedirs(out_dir, exist_ok=True)
+    # Never closed, which would end the lock. A process that is forked does not have it, as by flock it would.
+    lock = os.open(Path(out_dir) / "lock", os.O_WRONLY | os.O_CREAT)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"another train.py is writing {out_dir}; choose another --out_dir") from None
+    except OSError as error:  # some file systems over a network have no locks
+        print(f"{out_dir} cannot be locked ({error}): start no second run in it", file=sys.stderr)
 
 
 def open_data(vocab_size: int, tokenizer_dir: str | None) -> tuple[Mixture, Mixture | None]:
@@ -779,7 +809,8 @@ def save_checkpoint(
         if RANK == 0:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / "trainer").mkdir(parents=True)
-            convert.save_weights(model, partial, tensors, tokenizer_dir, teacher, teacher_print)
+            ends = turn_ends(tokenizer_dir)
+            convert.save_weights(model, partial, tensors, tokenizer_dir, teacher, teacher_print, ends)
             state = {"step": step, "optimizer_steps": taken, "options": options}
             (partial / "trainer" / "state.json").write_text(json.dumps(state, indent=2))
     except (OSError, SafetensorError) as failure:
@@ -991,6 +1022,8 @@ def main() -> None:
         raise ValueError(f"no checkpoint of {out_dir} can be read: choose another --out_dir to begin anew")
     state = read_state(last) if last else {"step": 0, "optimizer_steps": 0}
     start = state["step"]
+    if RANK == 0 and not eval_only and Path(out_dir).is_dir():
+        lock_out_dir()
 
     # ---- model, data, optimizer
     tokenizer_dir = tokenizer_directory()
@@ -1016,7 +1049,8 @@ def main() -> None:
 
     # ---- logs and signals
     if RANK == 0:
-        os.makedirs(out_dir, exist_ok=True)
+        # Made now, when nothing is left to be refused.
+        lock_out_dir()
         keep_log(log_file, start)
     send = start_wandb()
 
@@ -1113,8 +1147,9 @@ if __name__ == "__main__":
         message = f"error: {error}" if RANK == 0 else f"error on rank {RANK}: {error}"
         if WORLD_SIZE > 1:
             print(message, file=sys.stderr, flush=True)
-            os._exit(1)  # gloo can hang where a group is taken down after an error
-        raise SystemExit(message) from None
+            os._exit(2)  # gloo can hang where a group is taken down after an error
+        print(message, file=sys.stderr)
+        raise SystemExit(2) from None
     if dist.is_initialized() and not wandb:
         sys.stdout.flush()
         os._exit(0)  # gloo can abort a process that takes its group down

@@ -27,6 +27,16 @@ DOCUMENTS = [
 ]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """As many processes as there are cores, up to four, unless told otherwise or without pytest-xdist."""
+    is_worker = hasattr(config, "workerinput")
+    if getattr(config.option, "numprocesses", 0) is None and not (is_worker or config.option.usepdb):
+        config.option.numprocesses = min(4, os.cpu_count())
+        # A file's tests share what they trained.
+        config.option.dist = "loadfile"
+
+
 def run(script, *arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, script, *map(str, arguments)]

@@ -234,3 +234,16 @@ def test_shipped_configs_fit_train(names, monkeypatch):
     if values["data"] is not None:  # None is for tools/bench.py
         train.check_options()
     train.loss_config()
+
+
+def test_long_work_says_how_far_it_is_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(configurator, "SECONDS_BETWEEN_LINES", 0)
+    assert list(configurator.show("abc", desc="fitting", unit="layer")) == ["a", "b", "c"]
+    assert capsys.readouterr().err.splitlines()[1] == "fitting: 1 of 3 layers are done"
+    monkeypatch.setattr(configurator, "SECONDS_BETWEEN_LINES", 60)
+    assert list(configurator.show(iter("abc"), desc="fitting", unit="layer", total=3)) == ["a", "b", "c"]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(configurator, "FIRST", False)
+    monkeypatch.setattr(configurator, "SECONDS_BETWEEN_LINES", 0)
+    assert list(configurator.show("abc", desc="fitting", unit="layer")) == ["a", "b", "c"]
+    assert capsys.readouterr().err == ""

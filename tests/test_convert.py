@@ -12,6 +12,7 @@ from pathlib import Path
 import from_authors
 import pytest
 import torch
+import transformers
 from check import GOLDEN, golden
 from safetensors.torch import load_file, save_file
 from test_model import LLAMA3, make_clone, randomise
@@ -177,7 +178,8 @@ def test_config_values_that_no_model_has(field, value, words):
 def test_an_index_without_its_map(index, tmp_path):
     save_teacher(tmp_path, model_type="llama")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"has no weight_map|None does not exist"):
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+    with pytest.raises(ValueError, match=r"has no weight_map|does not exist, but"):
         convert.load_model(tmp_path)
 
 
@@ -454,7 +456,7 @@ def test_moved_teacher_brings_its_tokenizer(tmp_path):
     (tmp_path / "teacher").rename(tmp_path / "moved")
     checkpoint, moved = f"--checkpoint={tmp_path}/clone", f"--teacher={tmp_path}/moved"
     refused = command_line("convert.py", checkpoint, f"--out={tmp_path}/x")
-    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert "is not there; say where with --teacher=DIR" in refused.stderr
     done = command_line("convert.py", checkpoint, moved, f"--out={tmp_path}/student")
     assert done.returncode == 0, done.stderr
@@ -480,7 +482,87 @@ def test_moved_teacher_brings_its_tokenizer(tmp_path):
         for wrong in ("other", "small"):
             out = [f"--out={tmp_path}/x"] if script == "convert.py" else []
             refused = command_line(script, source, f"--teacher={tmp_path}/{wrong}", *out)
-            assert refused.returncode == 1 and "Traceback" not in refused.stderr, refused.stderr
+            assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
             error = refused.stderr.splitlines()[-1]
             assert f"{wrong} is not the teacher it was trained with" in error
     assert not (tmp_path / "x").exists()
+
+
+# ---- directories that contradict themselves
+
+
+def transformers_differ(path, other) -> float:
+    ids = torch.arange(64)[None]
+    theirs = [
+        AutoModelForCausalLM.from_pretrained(directory).float()(ids).logits for directory in (path, other)
+    ]
+    return convert.largest_difference(*theirs)
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 ties whatever is there")
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_head_beside_a_tied_embedding(equal, tmp_path):
+    save_teacher(tmp_path / "model", model_type="llama", tie_word_embeddings=True)
+    state = load_file(tmp_path / "model/model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"] * (1.0 if equal else 0.5)
+    save_file(state, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    done = convert_by_command(tmp_path / "model", tmp_path / "out")
+    assert ("read as untied" in done.stderr) == (not equal)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["tie_word_embeddings"] == equal
+    assert transformers_differ(tmp_path / "model", tmp_path / "out") < 1e-6
+
+
+def convert_by_command(source, out, code=0, **environment):
+    command = [sys.executable, "convert.py", f"--checkpoint={source}", f"--out={out}"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_weights_beside_an_index(tmp_path):
+    """Of the two, transformers reads the whole file."""
+    save_teacher(tmp_path / "model", seed=1, model_type="llama")
+    other = save_teacher(tmp_path / "other", seed=2, model_type="llama")
+    convert.save_model(other, tmp_path / "sharded", torch.float32, None, max_shard_bytes=20_000)
+    for file in (tmp_path / "sharded").glob("model*"):
+        shutil.copy(file, tmp_path / "model")
+    done = convert_by_command(tmp_path / "model", tmp_path / "out")
+    assert "has model.safetensors and model.safetensors.index.json: the first is read" in done.stderr
+    assert transformers_differ(tmp_path / "model", tmp_path / "out") < 1e-6
+
+
+def test_tensors_that_no_name_takes(tmp_path):
+    """Leftovers of older files are let be; of what else is there, at most five are named."""
+    save_teacher(tmp_path / "model", model_type="llama")
+    state = load_file(tmp_path / "model/model.safetensors")
+    leftovers = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+    state |= {name: torch.ones(8) for name in leftovers}
+    save_file(state, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    convert.load_model(tmp_path / "model")
+    state |= {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(64, 48) for i in range(2, 9)}
+    save_file(state, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    done = convert_by_command(tmp_path / "model", tmp_path / "out", code=2)
+    assert done.stderr.count("unexpected model.layers.") == 5 and "and 2 more" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and not (tmp_path / "out").exists()
+
+
+def test_an_export_is_compared_with_transformers_where_it_is_installed(tmp_path, monkeypatch, capsys):
+    """A rule of a family that reader and writer both leave out shows there alone."""
+    save_teacher(tmp_path / "model", model_type="llama")
+    for name, value in (("checkpoint", str(tmp_path / "model")), ("dtype", "float32"), ("arch", "native")):
+        monkeypatch.setattr(convert, name, value)
+    monkeypatch.setattr(convert, "out", str(tmp_path / "right"))
+    convert.main()
+    assert "and transformers' of" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "out", str(tmp_path / "wrong"))
+        patch.setattr(models, "rotate", lambda x, rope: x)
+        with pytest.raises(ValueError, match=r"differ by .*transformers' of .*wrong within .*is not kept"):
+            convert.main()
+    assert not list(tmp_path.glob("wrong*"))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers", None)
+        patch.setattr(convert, "out", str(tmp_path / "alone"))
+        convert.main()
+    assert "by this code alone: transformers is not installed" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import re
 import shutil
 import types
 from unittest.mock import patch
@@ -104,10 +105,11 @@ def test_files_that_cannot_be_a_model_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no JSON object"):
         convert.load_model(tmp_path / "teacher")
     config.write_text(json.dumps(json.loads(whole) | {"num_hidden_layers": 10**9}))
-    with pytest.raises(ValueError, match="num_hidden_layers is 1000000000; its weights hold fewer"):
+    with pytest.raises(ValueError, match="num_hidden_layers is 1000000000; this code supports at most 10000"):
         convert.load_model(tmp_path / "teacher")
     config.write_text(whole)
     index = {"weight_map": {"norm": "../elsewhere.safetensors"}}
+    (tmp_path / "teacher/model.safetensors").rename(tmp_path / "elsewhere.safetensors")
     (tmp_path / "teacher/model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"names \.\./elsewhere.safetensors, which is not a file of its"):
         convert.load_model(tmp_path / "teacher")
@@ -809,3 +811,63 @@ def test_held_gradients_are_wide_only_where_they_add_up(accumulate, dtype):
     assert leaf.grad.dtype == dtype
     # 2 + 2/256 is no bfloat16: it has 8 bits of mantissa
     assert (leaf.grad.double() == 2 + 2 / 256).all() == accumulate
+
+
+# ---- new clone terms, as the docstring of clone_losses has them
+
+EXAMPLES = [line.strip() for line in model.clone_losses.__doc__.splitlines() if line.startswith(" " * 8)]
+
+
+def with_terms(*lines):
+    """clone_losses with these lines in it."""
+    source = inspect.getsource(model.clone_losses)
+    end = "    assert not pairs.keys()"
+    assert source.count(end) == 1
+    names = dict(vars(model))
+    exec(source.replace(end, "".join(f"    {line}\n" for line in lines) + end), names)
+    return names["clone_losses"]
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_a_term_of_the_docstring_is_what_it_says(line, monkeypatch):
+    name = re.match(r'(\w+)\["(\w+)"\] = ', line)
+    pair_or_number, term = name[1], name[2]
+    monkeypatch.setattr(model, "clone_losses", with_terms(line))
+    batch, teacher = random_batch(2, 12), random_llama()
+    results = {}
+    for scale in ("none", "teacher"):
+        clone = random_clone(teacher, clone_scale=scale)
+        if scale == "teacher":
+            clone.calibrate(batch[0][:1])
+        results[scale] = clone.loss(*batch)["terms"][term]
+    if pair_or_number == "pairs":
+        torch.testing.assert_close(results["teacher"] * clone.mean_squares[term], results["none"])
+        assert (clone.mean_squares[term] != 1).all()
+    else:
+        assert torch.equal(results["teacher"], results["none"])
+        # Half of one less a cosine is at most 1, and at random about a half.
+        assert (results["none"] > 0.1).all() and (results["none"] < 1).all()
+    # clone_skip knows it.
+    monkeypatch.setattr(train, "clone_skip", (term,))
+    losses = train.loss_config()
+    assert term not in random_clone(teacher, clone_skip=losses.clone_skip).loss(*batch)["terms"]
+    monkeypatch.setattr(train, "clone_skip", ("gates",))
+    with pytest.raises(ValueError, match=f"allowed: .*'{term}'"):
+        train.loss_config()
+
+
+def test_a_number_under_the_name_of_an_activation_is_not_scaled(monkeypatch):
+    monkeypatch.setattr(model, "clone_losses", with_terms('numbers["attended"] = s["q"].sum() * 0 + 0.84'))
+    batch, teacher = random_batch(2, 12), random_llama()
+    clone = random_clone(teacher, clone_scale="teacher")
+    clone.calibrate(batch[0][:1])
+    values = clone.loss(*batch)["terms"]["attended"]
+    torch.testing.assert_close(values, torch.full_like(values, 0.84))
+
+
+@pytest.mark.parametrize("shape", [(2, 1024, 1024), (1, 1, 2**21), (2**21,)])
+def test_a_mean_squared_error_is_summed_as_well_as_float32_allows(shape):
+    """2M values: pairwise sums are off by 5e-9 here; one by one by 6e-5."""
+    student, teacher = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0))
+    exact = (student - teacher).double().square().mean()
+    assert abs(model.mse(student, teacher) / exact - 1) < 2e-7

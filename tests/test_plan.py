@@ -138,7 +138,7 @@ def test_shapes_of_a_size():
         count = sum(p.numel() for p in student.parameters())
         assert count == int(size.replace(",", "")) and abs(count / 1.2e9 - 1) < 0.1
     refused = run("tools/plan.py", "--target_params=-1")
-    assert refused.returncode == 1 and "target_params is -1" in refused.stderr
+    assert refused.returncode == 2 and "target_params is -1" in refused.stderr
 
 
 def test_mistakes_are_told_in_one_line():

@@ -1,9 +1,11 @@
 """prepare.py: input formats, what is bad in them, kill -9, chats with their loss masks, and the readers."""
 
+import copy
 import gzip
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -449,7 +451,7 @@ def test_refusals_are_one_line(tmp_path, monkeypatch):
         ([f"--input={tmp_path}/blank.jsonl"], "the input holds no text to train on: 1 files"),
     ]:
         done = run(out, tokens, *arguments)
-        assert done.returncode == 1 and words in done.stderr.splitlines()[-1], done.stderr
+        assert done.returncode == 2 and words in done.stderr.splitlines()[-1], done.stderr
         assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
         assert set(tmp_path.iterdir()) == before  # neither out nor out.partial
     for module, kind in (("pyarrow", "jsonl.zst"), ("pyarrow.parquet", "parquet")):
@@ -558,11 +560,11 @@ def test_what_is_there_is_said_and_other_settings_are_refused(tmp_path):
         and again.stdout.splitlines()[-1] == f"{tmp_path}/out is there already, made with the same settings"
     )
     other = run(*arguments, "--heldout_fraction=0.5")
-    assert other.returncode == 1
+    assert other.returncode == 2
     assert f"{tmp_path}/out was begun with heldout_fraction = 0.02, not 0.5; remove it" in other.stderr
     (tmp_path / "else").mkdir()
     refused = run(*arguments[::2], f"--out={tmp_path}/else")
-    assert refused.returncode == 1 and "exists and is no shard directory" in refused.stderr
+    assert refused.returncode == 2 and "exists and is no shard directory" in refused.stderr
     assert contents(tmp_path / "out") == before and not list((tmp_path / "else").iterdir())
 
 
@@ -1138,7 +1140,7 @@ def test_a_damaged_directory_is_named(corpora, tmp_path):
         data[-3] ^= 1
         file.write_bytes(data)
         done = run(f"--inspect={tmp_path}/many")
-        assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(
             f"error: {file} is missing or damaged"
         )
         file.write_bytes((corpora / "many" / name).read_bytes()[:-2])
@@ -1157,3 +1159,206 @@ def test_a_damaged_directory_is_named(corpora, tmp_path):
     (tmp_path / "many/meta.json").write_text(json.dumps(meta | {"format": 1}))
     with pytest.raises(ValueError, match="has shard format 1, not 2: prepare it again"):
         Shards(tmp_path / "many", "tokens", 16)
+
+
+# ---- tools, null fields, and what else a row's chat can have
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "count", "parameters": {"default": None, "note": "<|im_end|>é"}},
+    }
+]
+CALL = {
+    "type": "function",
+    "function": {"name": "count", "arguments": {"of": "items", "unit": "<|im_start|>"}},
+}
+CALLS = {
+    # A turn's calls stand behind what it says, in text; Qwen's way.
+    "behind the content": (
+        "{% if tools %}<|im_start|>system\n{{ tools | tojson(ensure_ascii=True) }}<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content %}{{ m.content }}{% endif %}"
+        "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson(indent=1) }}</call>{% endfor %}"
+        "<|im_end|>\n{% endfor %}"
+    ),
+    # In place of it, behind a special token and before another end; Llama 3.1's.
+    "in place of the content": (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+        "{% if 'tool_calls' in m %}"
+        "{% if m.tool_calls | length != 1 %}{{ raise_exception('one call') }}{% endif %}"
+        "<|begin_of_text|>{{ m.tool_calls[0].function.name }}<|im_end|>"
+        "{% else %}{{ m.content }}<|eot_id|>{% endif %}{% endfor %}"
+    ),
+    # Without a header, and refusing what does not alternate; Mistral's.
+    "without a header": (
+        "{% set turns = namespace(n=0) %}{% for m in messages %}"
+        "{% if m.role != 'tool' and not m.tool_calls %}{% if (m.role == 'user') != (turns.n % 2 == 0) %}"
+        "{{ raise_exception('turns must alternate') }}{% endif %}{% set turns.n = turns.n + 1 %}{% endif %}"
+        "{% if m.role == 'user' %}<|start_header_id|>{{ m.content }}<|end_header_id|>"
+        "{% elif m.role == 'tool' %}<|begin_of_text|>{{ m.content }}<|end_header_id|>"
+        "{% elif m.tool_calls %}<|im_start|>{{ m.tool_calls[0] | tojson }}<|eot_id|>"
+        "{% else %}{{ m.content }}<|eot_id|>{% endif %}{% endfor %}"
+    ),
+}  # fmt: skip
+SAID = {
+    "behind the content": [
+        f"<call>{json.dumps(CALL['function'], indent=1)}</call><|im_end|>",
+        "seven<|im_end|>",
+    ],
+    "in place of the content": ["<|begin_of_text|>count<|im_end|>", "seven<|eot_id|>"],
+    "without a header": ["<|im_start|>" + json.dumps(CALL) + "<|eot_id|>", "seven<|eot_id|>"],
+}  # fmt: skip
+
+
+def rows_with_calls(arguments=None):
+    call = copy.deepcopy(CALL)
+    if arguments is not None:
+        call["function"]["arguments"] = arguments
+    chat = [
+        {"role": "user", "content": "count them"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "7"},
+        {"role": "assistant", "content": "seven"},
+    ]
+    empty, null = ([chat[0], chat[1] | {"content": content}, *chat[2:]] for content in ("", None))
+    return [{"messages": messages, "tools": TOOLS} for messages in (chat, empty, null)]
+
+
+def tokenizer_with(template, path):
+    tokenizer = chat_tokenizer("llama3", path)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_tool_calls_are_trained_on_and_what_tools_say_is_not(kind, tmp_path):
+    tokenizer = tokenizer_with(CALLS[kind], tmp_path / "tokenizer")
+    rows = rows_with_calls()
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"tokenizer": tmp_path / "tokenizer", "heldout_fraction": 0}
+    meta = prepared(tmp_path / "a.jsonl", tmp_path / "sft", sft=True, **options)
+    assert not meta["bad"]
+    oracle = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    rendered = [oracle.apply_chat_template(row["messages"], tools=TOOLS, tokenize=False) for row in rows]
+    found = documents_of(tmp_path / "sft", "tokens")
+    assert [tokenizer.decode(tokens, skip_special_tokens=False) for tokens in found] == rendered
+    for tokens, mask in zip(found, documents_of(tmp_path / "sft", "mask"), strict=True):
+        assert tokenizer.decode(tokens[mask == 1], skip_special_tokens=False) == "".join(SAID[kind])
+        # What a tool or a call spells out is no special token.
+        special = [tokenizer.id_to_token(i) for i in tokens if tokenizer.id_to_token(i) in SPECIAL]
+        marks = re.findall(r"<\|\w+\|>", oracle.apply_chat_template(
+            rows_with_calls({})[0]["messages"], tools=TOOLS[:0], tokenize=False))  # fmt: skip
+        assert special == (["<|im_start|>", "<|im_end|>"] * ("behind" in kind)) + marks
+    # The text is as transformers renders it where nothing is trained on, too.
+    prepared(tmp_path / "a.jsonl", tmp_path / "packed", **options)
+    packed = documents_of(tmp_path / "packed", "tokens")
+    assert [tokenizer.decode(tokens, skip_special_tokens=False) for tokens in packed] == rendered
+
+
+def test_tools_and_arguments_can_be_json_text(tmp_path):
+    tokenizer_with(CALLS["behind the content"], tmp_path / "tokenizer")
+    rows = [row | {"tools": json.dumps(TOOLS)} for row in rows_with_calls()]
+    rows += rows_with_calls(json.dumps(CALL["function"]["arguments"]))
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=tmp_path / "tokenizer", sft=True,
+             heldout_fraction=0, special_tokens=True)  # fmt: skip
+    oracle = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    for row, tokens in zip(rows, documents_of(tmp_path / "out", "tokens"), strict=True):
+        right = oracle.apply_chat_template(row["messages"], tools=TOOLS, tokenize=False)
+        assert oracle.decode(tokens) == right
+
+
+def test_rows_of_parquet_give_the_ids_of_the_same_rows_of_json_lines(tmp_path):
+    """Arrow gives every struct of a column all keys, and null where a row had none, within tool_calls too."""
+    tokenizer_with(CALLS["behind the content"], tmp_path / "tokenizer")
+    rows = rows_with_calls({"of": "items"}) + rows_with_calls({"unit": "m", "deep": {"a": 1}})
+    rows += [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    for row in rows[:6]:
+        row["tools"] = [{"name": "count"}, {"name": "name", "strict": True}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = []
+    for kind in ("jsonl", "parquet"):
+        meta = prepared(tmp_path / f"a.{kind}", tmp_path / kind, tokenizer=tmp_path / "tokenizer", sft=True,
+                        heldout_fraction=0)  # fmt: skip
+        assert meta["bad"] == 0
+        found.append(
+            [[array.tolist() for array in documents_of(tmp_path / kind, c)] for c in ("tokens", "mask")]
+        )
+    assert found[0] == found[1] and len(found[0][0]) == 7
+
+
+def test_chats_that_cannot_be_masked_are_refused_with_the_reason(tmp_path):
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content or m.tool_calls[0].function.name }}\n{% endfor %}"
+    )
+    tokenizer_with(template, tmp_path / "tokenizer")
+    plain = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [
+        rows_with_calls()[0],
+        {"messages": plain, "tools": "{"},
+        {"messages": plain, "tools": {"name": "count"}},
+        {"messages": plain, "tools": ["count"]},
+        {"messages": [plain[0], {"role": "assistant", "content": None}]},
+        {"messages": [{"role": "tool", "content": None}, plain[1]]},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"messages": plain[:1]}])))
+    with pytest.raises(ValueError, match="the input holds no text to train on"):
+        prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=tmp_path / "tokenizer", sft=True)
+    encoder = prepare.Encoder(
+        {"tokenizer": tmp_path / "tokenizer", "sft": True, "min_score": None, "seq_len": 9}
+    )
+    words = ["do not show the bounds of a turn of tool calls", "Expecting", "no list", "no list",
+             "without text", "without text"]  # fmt: skip
+    for row, reason in zip(rows, words, strict=True):
+        with pytest.raises(ValueError, match=f"^chat: .*({reason})"):
+            encoder.row(row, tmp_path / "a.jsonl")
+
+
+# ---- input files
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, zstandard.compress])
+def test_a_byte_order_mark_is_no_content(compress, tmp_path):
+    bom = b"\xef\xbb\xbf"
+    rows = [{"text": text} for text in TEXTS[:3]]
+    contents = {
+        "array.json": bom + json.dumps(rows).encode(),
+        "indented.json": bom + b" \n" + json.dumps(rows, indent=1).encode(),
+        "rows.json": bom + lines(TEXTS[:3]),
+        "rows.jsonl": bom + lines(TEXTS[:3]),
+        "text.txt": bom + TEXTS[0].encode(),
+        "code.py": bom + TEXTS[0].encode(),
+    }
+    ending = {gzip.compress: ".gz", zstandard.compress: ".zst"}.get(compress, "")
+    for name, content in contents.items():
+        (tmp_path / f"{name}{ending}").write_bytes(compress(content))
+        meta = prepared(tmp_path / f"{name}{ending}", tmp_path / name.replace(".", "_"), heldout_fraction=0)
+        expected = TEXTS[:1] if name in ("text.txt", "code.py") else TEXTS[:3]
+        assert texts_of(tmp_path / name.replace(".", "_")) == expected and not meta["bad"]
+    # Within a text it is content.
+    (tmp_path / "b.txt").write_bytes(b"a" + bom + b"b")
+    prepared(tmp_path / "b.txt", tmp_path / "b", heldout_fraction=0)
+    assert texts_of(tmp_path / "b") == ["a\ufeffb"]
+
+
+def test_what_exists_is_no_glob(tmp_path):
+    directory = tmp_path / "corpus [v2]*?"
+    directory.mkdir()
+    (tmp_path / "corpus v").mkdir()
+    write_as("jsonl", directory / "a[1].jsonl", ["brackets"])
+    write_as("jsonl", directory / "a1.jsonl", ["none"])
+    write_as("jsonl", tmp_path / "corpus v/a1.jsonl", ["other"])
+    inputs = {
+        f"{directory}/a[1].jsonl": ["brackets"],
+        f"{directory}/a1.jsonl": ["none"],
+        f"{directory}/*.jsonl": ["none", "brackets"],
+        f"{directory}/**/a[[]1].jsonl": ["brackets"],
+        f"{tmp_path}/corpus [v]/*.jsonl": ["other"],
+    }
+    for i, (pattern, expected) in enumerate(inputs.items()):
+        prepared(pattern, tmp_path / str(i), heldout_fraction=0)
+        assert texts_of(tmp_path / str(i)) == expected, pattern
+    with pytest.raises(ValueError, match="matches no file"):
+        prepared(str(directory), tmp_path / "none")

@@ -217,7 +217,7 @@ def test_chat_through_pipes(talker):
 
     chat = start(f"--model={BUNDLED}", "--chat=True")
     out, errors = chat.communicate("hello\n")
-    assert chat.returncode == 1 and "has no chat template" in errors.splitlines()[-1]
+    assert chat.returncode == 2 and "has no chat template" in errors.splitlines()[-1]
 
 
 # ---- the command line
@@ -262,7 +262,7 @@ def test_refusals(name, value, words, monkeypatch):
 def test_a_prompt_that_is_not_utf8_through_the_command_line():
     command = [sys.executable, "sample.py", f"--model={BUNDLED}", b"--prompt=caf\xe9"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONUTF8": "1"})
-    assert done.returncode == 1 and done.stdout == b""
+    assert done.returncode == 2 and done.stdout == b""
     assert done.stderr.splitlines()[-1].startswith(b"error: prompt is not UTF-8")
 
 

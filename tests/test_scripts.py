@@ -1,6 +1,7 @@
 """The scripts end to end, through their command lines: a random two-layer teacher and generated text."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -211,7 +212,7 @@ def test_free_weights_go_on_from_clones_and_any_model(work, runs, corpus, teache
     assert metrics(work / "switched")[0]["loss"] < metrics(runs["clone"])[0]["loss"]
     start = f"--init_from={runs['both']}"
     done = run("train.py", *weights_options(teacher, corpus, work / "wrong", start))
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "is a student of another shape or of other layers" in done.stderr.splitlines()[-1]
     # The layers that these options name are not the model's: it has another number of them.
     options = ("--train=weights", f"--init_from={runs['plain']}", "--max_steps=5", "--student_layers=(0,)")
@@ -334,7 +335,7 @@ def test_what_would_spoil_a_run_is_refused(work, runs, teacher, corpus):
     for message, done in zip(
         calls, in_parallel([("train.py", *call) for call in calls.values()]), strict=True
     ):
-        assert done.returncode == 1 and message in done.stderr.splitlines()[-1], done.stderr
+        assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
     assert (runs["clone"] / "metrics.jsonl").read_text() == before and not (work / "none").exists()
 
 
@@ -463,7 +464,7 @@ def test_a_mixture_logs_each_source_and_keeps_documents_apart(work, text, teache
     assert all(f"val_lm/{name}" in metrics(outs[0])[-1] for name in ("corpus", "small"))
     assert together["lm"] != apart["lm"] and abs(together["lm"] / apart["lm"] - 1) < 0.1
     refused = run("train.py", "--data=None", f"--out_dir={work}/none")
-    assert refused.returncode == 1 and "random tokens are for tools/bench.py" in refused.stderr
+    assert refused.returncode == 2 and "random tokens are for tools/bench.py" in refused.stderr
 
 
 # ---- fine-tuning and evaluation
@@ -563,7 +564,7 @@ def test_compile_without_a_compiler_is_refused(work, monkeypatch):
     )
     for call in calls:
         refused = run(*call)
-        assert refused.returncode == 1
+        assert refused.returncode == 2
         assert "error: compile needs a C++ compiler" in refused.stderr.splitlines()[-1]
 
 
@@ -592,7 +593,7 @@ def test_values_that_make_no_sense_are_refused(name, value, allowed, monkeypatch
 def test_a_device_that_is_not_there_and_ctrl_c_are_told_in_a_line(work):
     for name in ("gpu", "cuda"):
         done = run("train.py", f"--device={name}", f"--out_dir={work}/none")
-        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
         assert done.stderr.startswith(f"error: device is '{name}', which torch")
     command = [sys.executable, "train.py", f"--out_dir={work}/none"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -609,7 +610,7 @@ def test_a_teacher_with_a_value_that_is_not_finite_is_refused(work, teacher, cor
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     done = run("train.py", *clone_options(broken, corpus, work / "never"))
-    assert done.returncode == 1
+    assert done.returncode == 2
     message = "model.layers.1.mlp.up_proj.weight holds a value that is not finite"
     assert message in done.stderr.splitlines()[-1]
     assert not (work / "never").exists()
@@ -635,7 +636,95 @@ def test_evaluation_of_a_model_with_another_vocabulary_is_refused(work, corpus, 
     shape = LlamaConfig(**(SHAPE | {"vocab_size": 512}))
     LlamaForCausalLM(shape).save_pretrained(work / "tiny")
     done = run("train.py", *options)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "tiny has 512 tokens; the teacher has 4096" in done.stderr.splitlines()[-1]
     done = run("train.py", *options, "--teacher=None", f"--tokenizer={teacher}")
     assert "the model has 512" in done.stderr.splitlines()[-1]
+
+
+# ---- what contradicts itself
+
+
+def test_a_teacher_of_a_billion_layers_takes_no_memory(work, teacher, corpus):
+    """In 4 GiB of addresses, most of which torch takes; a tuple of the layers alone has 8."""
+    (work / "tall").mkdir()
+    for file in teacher.iterdir():
+        shutil.copy(file, work / "tall")
+    config = json.loads((teacher / "config.json").read_text()) | {"num_hidden_layers": 1_000_000_000}
+    (work / "tall/config.json").write_text(json.dumps(config))
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30,) * 2); "
+    limit += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", limit, "train.py", *clone_options(work / "tall", corpus, work / "none")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and not (work / "none").exists(), done.stderr
+    assert "num_hidden_layers is 1000000000; this code supports at most 10000" in done.stderr.splitlines()[-1]
+
+
+def test_a_second_run_in_an_out_dir_is_refused_while_the_first_lives(work, teacher, corpus):
+    out = work / "locked"
+    options = clone_options(teacher, corpus, out, "--max_steps=100000", "--save_every=0", "--eval_every=0")
+    command = [sys.executable, "train.py", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        while not first.stdout.readline().startswith("step "):
+            assert first.poll() is None
+        second = run("train.py", *options, "--resume=True")
+        assert second.returncode == 2 and first.poll() is None
+        assert second.stderr.splitlines()[-1].startswith(f"error: another train.py is writing {out};")
+        lines = (out / "metrics.jsonl").read_text()
+    finally:
+        first.kill()
+        first.communicate()
+    # A kill leaves no lock behind.
+    third = succeed("train.py", *clone_options(teacher, corpus, out, "--max_steps=1", "--save_every=0"))
+    assert lines and "step 1 of 1" in third.stdout
+
+
+def test_a_student_of_another_tokenizer_is_refused(work, teacher, corpus):
+    """As many tokens, two of them the other way round; a copy of the teacher's is a student."""
+    for name in ("student_same", "student_other"):
+        shutil.copytree(teacher, work / name)
+    file = work / "student_other/tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(content))
+    for name, code in (("student_same", 0), ("student_other", 2)):
+        options = clone_options(
+            teacher, corpus, work / f"{name}_run", "--max_steps=1", "--student_hidden_size=48"
+        )
+        done = run("train.py", *options, "--train=weights", f"--init_from={work / name}")
+        assert done.returncode == code, done.stderr
+        assert ("has another vocabulary than" in done.stderr) == (code == 2)
+    assert not (work / "student_other_run").exists()
+
+
+def test_a_model_fine_tuned_on_chats_ends_its_turns(work):
+    """Its base has another EOS than its template ends a turn by; generate() stops at both."""
+    tokens = work / "base_tokens"
+    tokens.mkdir()
+    content = json.loads((BUNDLED / "tokenizer.json").read_text())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    for i, mark in enumerate(("<|im_start|>", "<|im_end|>")):
+        content["added_tokens"].append({"id": 4096 + i, "content": mark, **flags})
+    (tokens / "tokenizer.json").write_text(json.dumps(content))
+    shutil.copy(BUNDLED / "tokenizer_config.json", tokens)
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    (tokens / "chat_template.jinja").write_text(template)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (work / "base_chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 8)
+    succeed("prepare.py", f"--input={work}/base_chats.jsonl", f"--tokenizer={tokens}", "--sft=True",
+            f"--out={work}/base_rows", "--seq_len=32", "--heldout_fraction=0.0")  # fmt: skip
+    for sft, ids in (("True", [0, 4097]), ("False", 0)):
+        out = work / f"base_run_{sft}"
+        shape = SHAPE | {"model_type": "llama", "vocab_size": 4098}
+        length = 32 if sft == "True" else 8
+        succeed("train.py", "--teacher=None", f"--sft={sft}", f"--data={work}/base_rows", "--max_steps=1",
+                f"--tokenizer={tokens}", f"--seq_len={length}", "--global_batch_size=2", "--eval_every=0",
+                "--micro_batch_size=2", f"--out_dir={out}", f"--model_config={shape}")  # fmt: skip
+        succeed("convert.py", f"--checkpoint={out}", f"--out={out}_export")
+        for path in (out / "step_00000001", out.with_name(f"{out.name}_export")):
+            assert json.loads((path / "generation_config.json").read_text())["eos_token_id"] == ids

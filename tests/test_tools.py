@@ -116,9 +116,9 @@ def test_figure_of_one_evaluation(tmp_path, monkeypatch, clone):
 def test_figure_without_an_evaluation_or_a_loss(results, tmp_path, monkeypatch):
     lines = [line for line in results["ours"][0] if "lm" in line]
     assert list(drawn({"run": lines}, tmp_path / "curves.png", monkeypatch)) == ["loss"]
-    with pytest.raises(SystemExit, match="have logged no loss yet"):
+    with pytest.raises(ValueError, match="have logged no loss yet"):
         plot.draw({"run": []}, str(tmp_path / "none.png"))
-    with pytest.raises(SystemExit, match="is no run's out_dir"):
+    with pytest.raises(ValueError, match="is no run's out_dir"):
         plot.read_metrics(str(tmp_path / "none"))
 
 
@@ -205,7 +205,7 @@ def test_evaluate_on_the_command_line(clones, corpus, teacher):
     (plain / "trainer").mkdir()
     (plain / "trainer/state.json").write_text("{}")
     refused = run("tools/evaluate.py", f"--out_dir={clones}", *options)
-    assert refused.returncode == 1 and refused.stderr.splitlines()[-1] == (
+    assert refused.returncode == 2 and refused.stderr.splitlines()[-1] == (
         f"error: {plain} does not say what its teacher is: give --teacher=DIR"
     )
 
@@ -242,7 +242,7 @@ def test_random_tokens_are_a_batch_too():
 )
 def test_slicegpt_refuses_what_it_cannot_slice(option, said):
     done = run("tools/slicegpt.py", f"--{option}")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error:") and said in done.stderr
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 DEFAULTS = ["--init=least_squares", "--train=both", "--tie_head_projection=False", "--micro_batch_size=4"]
 
 if __name__ == "__main__":
-    from configurator import configure
+    from configurator import configure, fail
 
     own = [a for a in sys.argv[1:] if a.startswith("--out=") or a in ("-h", "--help")]
     others = [a for a in sys.argv[1:] if a not in own]
@@ -68,4 +68,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        fail(str(error))

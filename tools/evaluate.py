@@ -44,7 +44,7 @@ import torch
 from tqdm import tqdm
 
 import convert
-from configurator import choose_device
+from configurator import choose_device, fail
 from model import Llama, LowRankClone
 from prepare import Mixture
 from sample import generate
@@ -179,6 +179,6 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        fail(str(error))
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on") from None

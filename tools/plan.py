@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 if __name__ == "__main__":
-    from configurator import configure, read_options
+    from configurator import configure, fail, read_options
 
     own = [a for a in sys.argv[1:] if a.partition("=")[0][2:] in read_options(Path(__file__).read_text())]
     others = [a for a in sys.argv[1:] if a not in own]
@@ -337,4 +337,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        fail(str(error))

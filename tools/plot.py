@@ -18,7 +18,7 @@ def read_metrics(directory: str) -> list[dict]:
     try:
         text = (Path(directory) / "metrics.jsonl").read_text()
     except OSError as error:
-        raise SystemExit(f"error: {directory} is no run's out_dir: {error}") from None
+        raise ValueError(f"{directory} is no run's out_dir: {error}") from None
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
@@ -58,13 +58,13 @@ def draw(runs: dict[str, list[dict]], out: str) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit("error: plot.py needs the package matplotlib: pip install matplotlib") from None
+        raise ValueError("plot.py needs the package matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     panels = panels_of(runs)
     if not panels:
-        raise SystemExit("error: these runs have logged no loss yet")
+        raise ValueError("these runs have logged no loss yet")
     # Two panels a row; an odd last one is as wide as both.
     rows = [panels[i : i + 2] for i in range(0, len(panels), 2)]
     if len(rows) > 1 and len(rows[-1]) == 1:
@@ -128,6 +128,10 @@ if __name__ == "__main__":
         print(__doc__)
         raise SystemExit(2)
     out = files[-1] if files else "curves.png"
-    runs = [read_metrics(directory) for directory in directories]
-    draw(dict(zip(labels_of(directories), runs, strict=True)), out)
+    try:
+        runs = [read_metrics(directory) for directory in directories]
+        draw(dict(zip(labels_of(directories), runs, strict=True)), out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     print(f"wrote {out}")

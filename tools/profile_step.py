@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as models
 import train
-from configurator import configure
+from configurator import configure, fail
 
 PRODUCTS = ("mm", "addmm_")
 
@@ -97,7 +97,7 @@ def by_part(step, model) -> None:
 def main() -> None:
     vars(train).update(configure({"__file__": str(ROOT / "train.py")}), load_teacher=random_teacher)
     if not isinstance(train.teacher, dict):
-        raise SystemExit("error: teacher is no shape; give a config that has one, as config/bench_tiny.py")
+        fail("teacher is no shape; give a config that has one, as config/bench_tiny.py")
     device, blocks = torch.device("cpu"), RandomTokens(train.teacher["vocab_size"], train.seq_len)
     model = models.init_clone(train.build_model(torch.float32), train.seed, "random")
     parameters = [p for p in model.parameters() if p.requires_grad]

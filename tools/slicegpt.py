@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 if __name__ == "__main__":
-    from configurator import configure
+    from configurator import configure, fail
 
     options = configure({"__file__": ROOT / "train.py", "__doc__": __doc__})
 
@@ -110,4 +110,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        fail(str(error))

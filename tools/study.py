@@ -37,7 +37,7 @@ if __name__ == "__main__":
 
     os.chdir(Path(__file__).resolve().parents[1])
     sys.path.insert(0, os.getcwd())
-    from configurator import configure
+    from configurator import configure, fail
 
     configure(globals())
 
@@ -154,7 +154,7 @@ def call(directory: Path, mode: str, *command: str) -> None:
         code = subprocess.run([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT).returncode
     if code:
         reason = (log.read_text().strip().splitlines() or ["no output"])[-1]
-        raise SystemExit(f"error: {directory.name} ended with exit code {code}: {reason} (all of it: {log})")
+        fail(f"{directory.name} ended with exit code {code}: {reason} (all of it: {log})")
 
 
 def main() -> None:

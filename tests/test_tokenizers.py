@@ -1,0 +1,295 @@
+"""Tokenizer directories of every kind, read as AutoTokenizer reads them or refused in one line.
+
+BOS and EOS are by prepare.py's rule: what the tokenizer itself puts before a text, and its EOS behind it.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import BUNDLED, run
+from test_prepare import sentencepiece_tokenizer
+from tokenizers import Tokenizer, processors
+from transformers import AutoTokenizer, __version__
+
+import prepare
+
+pytestmark = pytest.mark.skipif(__version__ < "5", reason="transformers 4 reads some of these otherwise")
+
+MARKS = ["<|im_start|>", "<|im_end|>", "<think>"]
+IDS = {mark: 4096 + i for i, mark in enumerate(MARKS)}
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXTS = [
+    "count 0", "", " leads", "trails ", "def f(x):\n    return x\n\n", "ünï 日本 🙂", "a  b\t\tc", "\n\nline",
+    "x = '<|nothing|>'", "é" * 50 + "e\u0301",
+]  # fmt: skip
+CHATS = [
+    [("user", "a"), ("assistant", "b")],
+    [("system", "Brief!"), ("user", "Hi"), ("assistant", "Hello"), ("user", "🙂"), ("assistant", "日\n\n本")],
+    [("user", ""), ("assistant", "")],
+    [("user", " spaces "), ("assistant", "lines\n\n")],
+    [("user", "x"), ("assistant", "user"), ("user", "assistant"), ("assistant", "x")],
+]
+SPECIAL = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+
+
+def token(content, **flags):
+    return {"content": content, **SPECIAL, **flags}
+
+
+def wrap(before, behind, ids):
+    """A post-processor that puts tokens before a text and behind it."""
+    used = [(name, ids[name]) for name in {*before, *behind}]
+    single = " ".join([*before, "$A", *behind])
+    return processors.TemplateProcessing(single=single, pair=f"{single} $B", special_tokens=used)
+
+
+def make(path, in_json=MARKS, special=True, post=None, config=None, **files):
+    """A directory with the bundled tokenizer; in_json: marks that stand in tokenizer.json; files: others, by
+    name. config: on top of tokenizer_config.json."""
+    path.mkdir()
+    content = json.loads((BUNDLED / "tokenizer.json").read_text())
+    for mark in in_json:
+        content["added_tokens"].append({"id": IDS[mark], **token(mark, special=special)})
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    if post:
+        tokenizer.post_processor = post
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "chat_template": CHATML,
+    }
+    settings |= config or {}
+    settings = {name: value for name, value in settings.items() if value != "left out"}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name, value in files.items():
+        (path / f"{name}.json").write_text(json.dumps(value))
+    return path
+
+
+DECODER = {str(IDS[mark]): token(mark) for mark in MARKS}
+ENDOFTEXT = {"<|endoftext|>": 0, **IDS}
+KINDS = {
+    "plain": {},
+    "null BOS in the template": {"config": {"bos_token": None, "chat_template": "{{ bos_token }}" + CHATML}},
+    "BOS in the template": {
+        "config": {
+            "bos_token": {"__type": "AddedToken", **token("<|im_start|>")},
+            "chat_template": "{{ bos_token }}" + CHATML,
+        }
+    },
+    "EOS in special_tokens_map.json": {
+        "config": {"eos_token": "left out"},
+        "special_tokens_map": {"eos_token": "<|endoftext|>"},
+    },
+    "EOS there as an object, and another in the config": {
+        "config": {"eos_token": "<|im_end|>"},
+        "special_tokens_map": {"eos_token": token("<|endoftext|>")},
+    },
+    "EOS in both, with an added_tokens_decoder": {
+        "config": {"eos_token": "<|im_end|>", "added_tokens_decoder": DECODER},
+        "special_tokens_map": {"eos_token": "<|endoftext|>"},
+    },
+    "tokens in added_tokens_decoder": {
+        "in_json": [], "config": {"added_tokens_decoder": {"0": token("<|endoftext|>"), **DECODER}},
+    },
+    "tokens in added_tokens.json": {"in_json": [], "added_tokens": IDS},
+    "some of them there": {"in_json": MARKS[:1], "added_tokens": ENDOFTEXT},
+    "tokens that are only named": {
+        "in_json": [], "config": {"eos_token": "<|endoftext|>", "additional_special_tokens": MARKS},
+    },
+    "tokens only named in the map": {
+        "in_json": [],
+        "config": {"eos_token": "<|endoftext|>"},
+        "special_tokens_map": {"additional_special_tokens": MARKS[:2]},
+    },
+    "extra_special_tokens": {
+        "in_json": [], "config": {"eos_token": "<|endoftext|>", "extra_special_tokens": MARKS},
+    },
+    "EOS without its flag": {"special": False},
+    "EOS of the vocabulary alone": {"config": {"eos_token": "def"}},
+    "EOS behind a text": {"post": wrap([], ["<|im_end|>"], IDS)},
+    "BOS before a text": {
+        "post": wrap(["<|im_start|>"], [], IDS), "config": {"bos_token": "<|im_start|>"},
+    },
+    "both": {"post": wrap(["<|im_start|>"], ["<|im_end|>"], IDS), "config": {"bos_token": "<|im_start|>"}},
+    "BOS that is the EOS": {"post": wrap(["<|im_end|>"], [], IDS), "config": {"bos_token": "<|im_end|>"}},
+    "the same on both sides": {
+        "post": wrap(["<|im_end|>"], ["<|im_end|>"], IDS), "config": {"bos_token": "<|im_end|>"},
+    },
+    "add_bos_token beside none": {
+        "config": {"add_bos_token": True, "add_eos_token": True, "bos_token": "<|im_start|>"}
+    },
+    "add_bos_token False beside one": {
+        "post": wrap(["<|im_start|>"], [], IDS),
+        "config": {"add_bos_token": False, "bos_token": "<|im_start|>"},
+    },
+    "add_bos_token of a Llama": {
+        "config": {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<|im_start|>"}
+    },
+    "null add_bos_token": {"config": {"add_bos_token": None}},
+    "templates in a list": {
+        "config": {
+            "chat_template": [
+                {"name": "tool_use", "template": "tools"}, {"name": "default", "template": CHATML}
+            ]
+        }
+    },
+    "tokens of the model's own": {"config": {"image_token": "<think>"}},
+}  # fmt: skip
+
+
+def shards_of(path, out, rows, **options):
+    source = out.with_suffix(".jsonl")
+    source.write_text("\n".join(map(json.dumps, rows)))
+    prepare.write_shards(str(source), out, str(path), heldout_fraction=0.0, num_workers=1, **options)
+    ids = np.concatenate([np.load(file) for file in sorted(out.glob("tokens_*.npy"))])
+    ends = np.concatenate([np.load(file) for file in sorted(out.glob("ends_*.npy"))])
+    return [part.tolist() for part in np.split(ids, ends[:-1])]
+
+
+def messages(chat):
+    return [{"role": role, "content": content} for role, content in chat]
+
+
+def agree(path, tmp_path):
+    """Our ids of the texts and the chats are AutoTokenizer's."""
+    oracle = AutoTokenizer.from_pretrained(path)
+    expected = []
+    for text in filter(None, TEXTS):
+        ids = oracle(text)["input_ids"]
+        if ids[-1] != oracle.eos_token_id and oracle.eos_token_id is not None:
+            ids.append(oracle.eos_token_id)
+        expected.append(ids)
+    assert shards_of(path, tmp_path / "texts", [{"text": text} for text in TEXTS]) == expected
+    if oracle.chat_template is None:
+        return
+    chats = [messages(chat) for chat in CHATS]
+    expected = [oracle.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
+    rows = [{"messages": chat} for chat in chats]
+    assert shards_of(path, tmp_path / "chats", rows) == expected
+    assert shards_of(path, tmp_path / "sft", rows, sft=True) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_made_directory_gives_the_ids_of_transformers(kind, tmp_path):
+    agree(make(tmp_path / "tokenizer", **KINDS[kind]), tmp_path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("family", ["llama2", "mistral"])
+def test_a_made_tokenizer_of_llamas_class(family, legacy, tmp_path):
+    """transformers 5 makes its parts anew, whatever tokenizer.json has."""
+    path = tmp_path / "tokenizer"
+    sentencepiece_tokenizer(path, family)
+    config = json.loads((path / "tokenizer_config.json").read_text()) | {"chat_template": CHATML}
+    config |= {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": legacy,
+        "bos_token": "<s>",
+        "unk_token": "<unk>",
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    oracle = AutoTokenizer.from_pretrained(path)
+    texts = ["Hi you", " Hi", "  Hi", "Hi\n Hi"]
+    expected = [[*oracle(text)["input_ids"], oracle.eos_token_id] for text in texts]
+    assert shards_of(path, tmp_path / "texts", [{"text": text} for text in texts]) == expected
+
+
+def test_special_tokens_are_those_of_transformers(tmp_path):
+    """A name makes a token special, and added_tokens.json, which has no flags, takes none away."""
+    kinds = (
+        "EOS without its flag",
+        "some of them there",
+        "tokens of the model's own",
+        "EOS of the vocabulary alone",
+    )
+    for kind in kinds:
+        path = make(tmp_path / kind, **KINDS[kind])
+        ours, theirs = (
+            {token.content for token in tokens.values() if token.special}
+            for tokens in (
+                prepare.load_tokenizer(path).get_added_tokens_decoder(),
+                AutoTokenizer.from_pretrained(path).added_tokens_decoder,
+            )
+        )
+        assert ours == theirs, kind
+
+
+REFUSED = {
+    "an EOS that is nowhere": (
+        {"config": {"eos_token": "</s>"}}, "names '</s>' as its eos_token, but no file",
+    ),
+    "a BOS that is nowhere": (
+        {"config": {"eos_token": "left out"}, "special_tokens_map": {"bos_token": {"content": "<s>"}}},
+        "names '<s>' as its bos_token, but no file",
+    ),
+    "another id in the decoder": (
+        {"config": {"added_tokens_decoder": {"4099": token("<|im_end|>")}}},
+        "'<|im_end|>' is token 4099 and token 4097",
+    ),
+    "another id in added_tokens.json": (
+        {"in_json": [], "added_tokens": {"<|im_end|>": 4100}}, "'<|im_end|>' is token 4100 and token 4096",
+    ),
+    "no JSON": ({"config": {}, "added_tokens": ["<|im_end|>"]}, "added_tokens.json holds no JSON object"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_contradicts_itself_is_one_line_before_any_work(kind, tmp_path):
+    made, words = REFUSED[kind]
+    path = make(tmp_path / "tokenizer", **made)
+    (tmp_path / "a.txt").write_text("count 0")
+    done = run("prepare.py", f"--input={tmp_path}/a.txt", f"--tokenizer={path}", f"--out={tmp_path}/out")
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_no_eos_is_said(tmp_path, capsys):
+    path = make(tmp_path / "tokenizer", config={"eos_token": None})
+    assert shards_of(path, tmp_path / "out", [{"text": "count 0"}]) == [[1806, 288]]
+    assert "names no EOS" in capsys.readouterr().err
+
+
+def test_byte_order_marks_in_a_directory_are_no_content(tmp_path):
+    """transformers cannot read such a directory; it is compared with one without."""
+    paths = [tmp_path / "plain", tmp_path / "marked"]
+    for path in paths:
+        make(path, in_json=[], config={"chat_template": "left out"}, added_tokens=IDS)
+        (path / "chat_template.jinja").write_text(CHATML)
+    for file in paths[1].iterdir():
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    rows = [{"messages": messages(chat)} for chat in CHATS]
+    plain, marked = (shards_of(path, path.with_suffix(".out"), rows, sft=True) for path in paths)
+    assert plain == marked and len(plain) == 5
+
+
+def test_a_row_with_tools_takes_the_template_for_tools(tmp_path):
+    path = make(tmp_path / "tokenizer", config={"chat_template": "left out"})
+    (path / "chat_template.jinja").write_text(CHATML)
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates/tool_use.jinja").write_text("{{ tools | tojson }}" + CHATML)
+    oracle = AutoTokenizer.from_pretrained(path)
+    chat = messages(CHATS[0])
+    given = [None, [], [{"name": "count"}]]
+    expected = [
+        oracle.apply_chat_template(chat, tools=tools, return_dict=True)["input_ids"] for tools in given
+    ]
+    assert len(set(map(len, expected))) == 3
+    rows = [{"messages": chat, "tools": tools} for tools in given]
+    assert shards_of(path, tmp_path / "out", rows) == expected
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen", "smollm2", "llama2"])
+def test_the_families_own_tokenizers_give_the_ids_of_transformers(family, tmp_path):
+    """From TOKENIZERS/llama3 and so on."""
+    path = Path(os.environ.get("TOKENIZERS", "tokenizers")) / family
+    if not path.is_dir():
+        pytest.skip(f"no {path}: give the families' own tokenizers as TOKENIZERS")
+    agree(path, tmp_path)
