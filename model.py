@@ -290,7 +290,7 @@ class Llama(nn.Module):
         self.dtype = dtype
         self.run_block = block  # train.py may compile it
         self.chunk_loss = chunk_loss  # and this
-        self.recompute = False  # in training: keep only the layers' inputs, and run each again in backward
+        self.recompute = "none"  # else: keep only the layers' inputs, and run each again in backward
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.Parameter(torch.empty(config.hidden_size))
@@ -337,7 +337,7 @@ class Llama(nn.Module):
         positions, mask = positions_and_mask(ids, documents)
         rope = rope_table(self.config, positions)
         layer = self.run_block
-        if self.recompute:
+        if self.recompute != "none":
             layer = functools.partial(checkpoint, layer, use_reentrant=False)
         x = hidden_states(weights, ids, self.config, rope=rope, mask=mask, layer=layer)
         return head_loss(
@@ -858,7 +858,7 @@ class LowRankClone(nn.Module):
         self.dtype = teacher.dtype
         self.run_block = clone_block  # train.py may compile it
         self.chunk_loss = chunk_loss  # and this
-        self.recompute = False  # see clone_block
+        self.recompute = "none"  # what runs again in backward: "student", see clone_block, or "both"
         self.student_config = student
         self.loss_config = losses
         self.composes = student.train != "weights"
@@ -965,14 +965,18 @@ class LowRankClone(nn.Module):
         if "embedding" in student:
             x_s = x_s + F.embedding(ids, student["embedding"])
         student_layer = {k: j for j, k in enumerate(self.kept)}
+        both_layers = self.run_block
+        if self.recompute == "both":
+            both_layers = functools.partial(checkpoint, both_layers, use_reentrant=False)
         for i in range(max(len(teacher.layers), self.kept[-1] + 1)):
             j = student_layer.get(i)
             weights = None if j is None else student["layers"][j]
             compares = j is not None and losses.clone_weight and j not in losses.clone_skip_layers
             compare = (self.student_config, losses) if compares else None
             teacher_weights = teacher.layers[i](teacher.dtype) if i < len(teacher.layers) else None
-            x_t, x_s, terms = self.run_block(
-                teacher_weights, weights, x_t, x_s, configs, ropes, mask, compare, self.recompute
+            recompute = self.recompute == "student"
+            x_t, x_s, terms = both_layers(
+                teacher_weights, weights, x_t, x_s, configs, ropes, mask, compare, recompute
             )
             yield j, x_t, x_s, terms
 

@@ -115,7 +115,7 @@ def alone(work, teacher, corpus):
     ("name", "processes", "options"),
     [
         ("ddp", 2, ("--micro_batch_size=1",)),  # two micro-batches on each, three blocks to evaluate
-        ("fsdp", 2, ("--micro_batch_size=1", "--parallel=fsdp", "--activation_checkpointing=True")),
+        ("fsdp", 2, ("--micro_batch_size=1", "--parallel=fsdp", "--activation_checkpointing=student")),
         ("fsdp_at_once", 2, ("--parallel=fsdp",)),
         ("fsdp_4", 4, ("--micro_batch_size=1", "--parallel=fsdp")),
         ("hsdp", 4, ("--micro_batch_size=1", "--parallel=fsdp", "--replicas=2")),
