@@ -21,7 +21,7 @@ import functools
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -1069,15 +1069,11 @@ class LowRankClone(nn.Module):
 # ---- how a clone starts
 
 
-def init_clone(
-    clone: LowRankClone, seed: int, init: str, covariance: Tensor | None = None, ids: Tensor | None = None,
-    progress: Callable = list,
-) -> LowRankClone:  # fmt: skip
-    """Sets projections, norms and free weights; the same for the same seed, covariance (calibrate()'s) and
-    ids [N, T] (for least_squares, whose layers `progress` goes over, which may show a bar).
+def init_clone(clone: LowRankClone, seed: int, init: str, covariance: Tensor | None = None) -> LowRankClone:
+    """Sets projections, norms and free weights; the same for the same seed and covariance (calibrate()'s).
 
     "random": N(0, 0.02) and ones, as the authors' code. "pca": the student's stream is the teacher's in one
-    basis U [d_T, d_S], the directions with most of its energy. "least_squares": see init_least_squares.
+    basis U [d_T, d_S], the directions with most of its energy. (tools/compress.py fits them in closed form.)
     Free weights beside projections stay at zero; alone, they start as what a clone of both would compose.
     """
     if not clone.composes:
@@ -1086,7 +1082,7 @@ def init_clone(
             start = LowRankClone(clone.teacher, config, clone.loss_config)
         for layer, other in zip(start.layers, clone.layers, strict=True):
             layer.neurons = other.neurons
-        start_from_clone(clone, init_clone(start, seed, init, covariance, ids, progress))
+        start_from_clone(clone, init_clone(start, seed, init, covariance))
         return clone
     generator = torch.Generator().manual_seed(seed)
     for name, weight in clone.trained().items():
@@ -1103,8 +1099,6 @@ def init_clone(
             covariance = balance[:, None] * covariance * balance
         basis = torch.linalg.eigh(covariance).eigenvectors[:, -clone.config.hidden_size :]
         init_from_basis(clone, basis, covariance, balance)
-    if init == "least_squares":
-        init_least_squares(clone, ids, progress=progress)
     return clone
 
 
@@ -1154,251 +1148,3 @@ def init_from_basis(clone: LowRankClone, basis: Tensor, covariance: Tensor, bala
             layer.projection(name).data.copy_(write)
     clone.embedding_projection.data.copy_(write)
     absorb(clone.norm, [] if clone.head_projection is None else [clone.head_projection], clone.teacher.norm)
-
-
-RIDGE = 0.01  # of the mean energy of what a projection gets: how firmly it is held to its start
-
-
-@torch.no_grad()
-def init_least_squares(
-    clone: LowRankClone, ids: Tensor, ridge: float = RIDGE, progress: Callable = list
-) -> None:
-    """Fits the projections of a clone that "pca" has started to the tokens ids [N, T], in closed form.
-
-    Teacher and student walk the tokens side by side, a layer at a time. What reads the student's stream is
-    fitted to the teacher's normed input. What writes to it is fitted to bring it to x B where the teacher's
-    stream is x, B the embedding's projection as it starts; so it also mends the errors of the layers before,
-    and what layers and neurons that are left out would have written. Free parts of o and down get what no
-    projection can. A tied head's projection is then fitted to serve embedding and head, and the layers again.
-    Memory: the normal equations of one weight, float64, and the streams of all tokens at one layer.
-    """
-    teacher = clone.teacher
-    basis = clone.embedding_projection.float().clone()
-    x_t, x_s = fit_layers(clone, ids, basis, ridge, progress)
-    hidden_t = rms_norm(x_t, teacher.norm, teacher.config.rms_norm_eps)
-    if clone.head_projection is not None:
-        hidden_s = rms_norm(x_s, clone.norm, clone.config.rms_norm_eps)
-        fit_reads([clone.head_projection], hidden_s, hidden_t, ridge)
-        return
-    metric = logit_metric(teacher, hidden_t)
-    fit_tied_projection(clone, ids, basis, hidden_t, x_s, metric, ridge)
-    _, x_s = fit_layers(clone, ids, basis, ridge, progress)
-    fit_final_norm(clone, hidden_t, x_s, metric, ridge)
-
-
-def fit_layers(
-    clone: LowRankClone, ids: Tensor, basis: Tensor, ridge: float, progress: Callable
-) -> tuple[Tensor, Tensor]:
-    """Fits the layers, from the first to the last; returns the final streams of teacher and student.
-
-    basis B [d_T, d_S]: the student's stream shall be x B where the teacher's is x. See init_least_squares.
-    """
-    teacher = clone.teacher
-    config = clone.config
-    rope = rope_table(config, torch.arange(ids.shape[1], device=ids.device))
-    x_t = F.embedding(ids, teacher.embedding).float()  # [N, T, d_T]
-    x_s = x_t @ clone.embedding_projection.float()  # [N, T, d_S]
-    ends = [*clone.kept[1:], len(teacher.layers)]
-    # The layers before the first that is kept.
-    x_t = teacher_streams(teacher, x_t, rope, 0, clone.kept[0])[1]
-    for layer, first, end in progress([*zip(clone.layers, clone.kept, ends, strict=True)]):
-        weights = teacher.layers[first](torch.float32)
-        middle, out = teacher_streams(teacher, x_t, rope, first, end)
-        # Errors count relative to the token's stream, or the massive tokens would decide alone.
-        token_weight = x_t.square().mean(-1).reciprocal()
-
-        # Attention: what reads the stream, then what writes to it.
-        normed_s = rms_norm(x_s, layer.input_norm, config.rms_norm_eps)
-        normed_t = rms_norm(x_t, weights["input_norm"], teacher.config.rms_norm_eps)
-        fit_reads([layer.projection(name) for name in ("q", "k", "v")], normed_s, normed_t, ridge)
-        student = layer(weights, torch.float32)
-        attended = torch.cat([attend(rows, student, config, rope) for rows in x_s.split(1)])
-        fit_write(layer, "o", weights, lambda rows=attended: rows, middle @ basis - x_s, token_weight, ridge)
-        student = layer(weights, torch.float32)
-        x_s = x_s + F.linear(attended, student["o"], student.get("o_bias"))
-
-        # The FFN, likewise.
-        normed_s = rms_norm(x_s, layer.post_norm, config.rms_norm_eps)
-        normed_t = rms_norm(middle, weights["post_norm"], teacher.config.rms_norm_eps)
-        fit_reads([layer.projection(name) for name in ("gate", "up")], normed_s, normed_t, ridge)
-        student = layer(weights, torch.float32)
-
-        def features(rows=normed_s, gate=student["gate"], up=student["up"]) -> Iterator[Tensor]:
-            """What the student's down reads: [T, F], row by row."""
-            for row in rows:
-                yield F.silu(F.linear(row, gate)) * F.linear(row, up)
-
-        fit_write(layer, "down", weights, features, out @ basis - x_s, token_weight, ridge)
-        down = layer(weights, torch.float32)["down"]
-        x_s = torch.stack([row + F.linear(a, down) for row, a in zip(x_s, features(), strict=True)])
-        x_t = out
-    return x_t, x_s
-
-
-def teacher_streams(teacher: Llama, x: Tensor, rope, first: int, end: int) -> tuple[Tensor, Tensor]:
-    """The teacher's stream [N, T, d_T] after the attention of layer `first`, and before layer `end`."""
-    middle = torch.empty_like(x)
-    out = torch.empty_like(x)
-    layers = [layer(torch.float32) for layer in teacher.layers[first:end]]
-    for n in range(len(x)):
-        rows = x[n : n + 1]
-        for i, weights in enumerate(layers):
-            before = rows
-            rows, activations = block(before, weights, teacher.config, rope)
-            if i == 0:
-                middle[n] = (before + activations["attn_out"])[0]
-        out[n] = rows[0]
-    return middle, out
-
-
-def attend(x: Tensor, weights: dict[str, Tensor], config: ModelConfig, rope) -> Tensor:
-    """What o reads [B, T, H·head_dim] where the stream is x [B, T, D]."""
-    no_ffn = {"gate": weights["gate"][:0], "up": weights["up"][:0], "down": weights["down"][:, :0]}
-    _, activations = block(x, weights | no_ffn, config, rope)
-    return activations["attended"]
-
-
-def least_squares(
-    inputs: Iterable[Tensor], targets: Tensor, weights: Tensor | None, start: Tensor, ridge: float
-) -> Tensor:
-    """argmin over Z [a, b] of Σ weight · |A Z - X|² + ridge · (mean energy of A's columns) · |Z - start|².
-
-    inputs: A by row, [T, a]. targets: X [N, T, b]. weights [N, T]; None: ones. Sums are float64.
-    """
-    if weights is None:
-        weights = torch.ones_like(targets[..., 0])
-    gram = torch.zeros(len(start), len(start), dtype=torch.float64, device=start.device)
-    moment = torch.zeros(start.shape, dtype=torch.float64, device=start.device)
-    for a, x, weight in zip(inputs, targets, weights, strict=True):
-        a = a.double()
-        weighted = (a * weight.double()[:, None]).T
-        gram += weighted @ a
-        moment += weighted @ x.double()
-    strength = ridge * gram.diagonal().mean()
-    gram.diagonal().add_(strength)
-    return torch.linalg.solve(gram, moment + strength * start.double())
-
-
-def fit_reads(projections: list[nn.Parameter], normed_s: Tensor, normed_t: Tensor, ridge: float) -> None:
-    """Sets projections P [d_T, d_S] so that A P^T comes near X: the normed inputs of student and teacher.
-
-    The weights W that read them have no say: W P is also the best weight of all to give W X.
-    """
-    solution = least_squares(normed_s, normed_t, None, projections[0].T, ridge).T
-    for projection in projections:
-        projection.copy_(solution)
-
-
-def fit_write(
-    layer: StudentLayer, name: str, teacher: dict[str, Tensor], features: Callable[[], Iterable[Tensor]],
-    missing: Tensor, token_weight: Tensor, ridge: float,
-) -> None:  # fmt: skip
-    """Sets the projection of o or down so that P^T W adds to the student what is missing [N, T, d_S] in it;
-    and its free part, where there is one, to what the best of all weights is beyond P^T W."""
-    weight = keep_neurons(teacher, layer.neurons)[name]
-    bias = teacher.get(f"{name}_bias")
-    projection = layer.projection(name)
-    written = (F.linear(row, weight, bias) for row in features())
-    projection.copy_(least_squares(written, missing, token_weight, projection, ridge))
-    if name in layer.free:
-        composed = projection.T @ weight
-        if bias is not None:
-            missing = missing - bias @ projection
-        whole = least_squares(features(), missing, token_weight, composed.T, ridge).T
-        layer.free[name].copy_(whole - composed)
-
-
-def logit_metric(teacher: Llama, hidden: Tensor) -> Tensor:
-    """M [d_T, d_T], float64: an error e of the final hidden state makes a KL of e^T M e / 2 or so.
-
-    It is the mean over tokens of H^T (diag(p) - p p^T) H, H the head and p what the teacher predicts.
-    """
-    head = teacher.head_weight().float()
-    probability = torch.zeros(len(head), dtype=torch.float64, device=head.device)
-    outer = 0.0
-    # 2,048 tokens, spread over all, give the mean well enough.
-    tokens = hidden.flatten(0, 1)
-    tokens = tokens[:: max(1, len(tokens) // 2048)]
-    for chunk in tokens.split(256):
-        p = (chunk @ head.T).softmax(-1)
-        probability += p.sum(0, dtype=torch.float64)
-        mean = (p @ head).double()
-        outer = outer + mean.T @ mean
-    head = head.double()
-    return ((head.T * probability) @ head - outer) / len(tokens)
-
-
-def final_moments(hidden_t: Tensor, x_s: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Means over tokens of s s^T [d_S, d_S] and t s^T [d_T, d_S], float64.
-
-    s is the student's final stream, normed with a weight of ones, and t the teacher's hidden state.
-    """
-    second = 0.0
-    cross = 0.0
-    for t, x in zip(hidden_t, x_s, strict=True):
-        s = rms_norm(x, torch.ones_like(x[0]), eps).double()
-        second = second + s.T @ s
-        cross = cross + t.double().T @ s
-    tokens = x_s.shape[0] * x_s.shape[1]
-    return second / tokens, cross / tokens
-
-
-def final_norm(
-    projection: Tensor, start: Tensor, second: Tensor, cross: Tensor, metric: Tensor, ridge: float
-):
-    """The norm n [d_S] with which P diag(n) s comes nearest to the teacher's hidden state, by the metric."""
-    gram = second * (projection.T @ metric @ projection)
-    moment = (projection * (metric @ cross)).sum(0)
-    strength = ridge * gram.diagonal().mean()
-    gram.diagonal().add_(strength)
-    return torch.linalg.solve(gram, moment + strength * start)
-
-
-def fit_final_norm(clone: LowRankClone, hidden_t: Tensor, x_s: Tensor, metric: Tensor, ridge: float) -> None:
-    second, cross = final_moments(hidden_t, x_s, clone.config.rms_norm_eps)
-    projection = clone.embedding_projection.double()
-    clone.norm.copy_(final_norm(projection, clone.norm.double(), second, cross, metric, ridge))
-
-
-def fit_tied_projection(
-    clone: LowRankClone,
-    ids: Tensor,
-    basis: Tensor,
-    hidden_t: Tensor,
-    x_s: Tensor,
-    metric: Tensor,
-    ridge: float,
-) -> None:
-    """Sets the one projection P [d_T, d_S] of embedding and head, and the final norm n.
-
-    The embeddings e of the tokens should come near e B, and P diag(n) s near the teacher's hidden states t:
-    P minimises E|e (P - B)|² / E|e B|² + E|P diag(n) s - t|²_M / E|t|²_M. Given n that is linear in P, and
-    diagonal in the right bases; n and P are fitted in turn.
-    """
-    tokens = F.embedding(ids.flatten(), clone.teacher.embedding).double()
-    every = clone.teacher.embedding.double()
-    # A part for tokens that the calibration has not seen.
-    embedded = tokens.T @ tokens
-    everything = every.T @ every
-    embedded = 0.8 * embedded / embedded.trace() + 0.2 * everything / everything.trace()
-    embedded.diagonal().add_(1e-9)  # where embeddings do not fill all dimensions
-    basis = basis.double()
-    second, cross = final_moments(hidden_t, x_s, clone.config.rms_norm_eps)
-    t = hidden_t.flatten(0, 1).double()
-    embedding_scale = 1 / (basis.T @ embedded @ basis).trace()
-    head_scale = len(t) / ((t @ metric) * t).sum()
-
-    lower = torch.linalg.cholesky(embedded)
-    inverse = torch.linalg.inv(lower)
-    values, vectors = torch.linalg.eigh(inverse @ metric @ inverse.T)
-    projection = basis
-    norm = final_norm(projection, clone.norm.double(), second, cross, metric, ridge)
-    for _ in range(3):
-        energies, directions = torch.linalg.eigh(norm[:, None] * second * norm)
-        right = embedding_scale * embedded @ basis + head_scale * (metric @ cross) * norm
-        right = vectors.T @ inverse @ right @ directions
-        right = right / (embedding_scale + head_scale * values.clamp(min=0)[:, None] * energies.clamp(min=0))
-        projection = inverse.T @ vectors @ right @ directions.T
-        norm = final_norm(projection, norm, second, cross, metric, ridge)
-    clone.embedding_projection.copy_(projection)
-    clone.norm.copy_(norm)

@@ -29,7 +29,7 @@ model_config: dict | str | None = None  # shape of a plain LM: config.json's fie
 init_from: str | None = None  # start: a clone's checkpoint; with train=weights or no teacher also any model
 tokenizer: str | None = None  # directory whose tokenizer goes into the checkpoints; None: the teacher's
 calibration_tokens = 16384  # tokens on which the teacher is looked at before training
-init: Literal["random", "pca", "least_squares"] = "pca"  # start; paper: random
+init: Literal["random", "pca"] = "pca"  # start; paper: random. A better one: tools/compress.py
 share_qkv = False  # one projection for q, k and v, and one clone loss on their input in place of three
 share_gate_up = False  # one projection for gate and up, likewise
 tie_head_projection = True  # one projection for embedding and LM head
@@ -102,7 +102,6 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import json
 import math
 import os
@@ -402,20 +401,22 @@ def needs_calibration() -> bool:
     return clone_scale == "teacher" or init != "random" or student_intermediate_size is not None
 
 
+def calibration_ids(train_data: Mixture, device: torch.device) -> torch.Tensor:
+    """The first blocks [N, seq_len]: the same on any number of processes, and when resumed."""
+    return models.to_device(train_data.batch(0, max(1, calibration_tokens // seq_len)).ids, device)
+
+
 def start_weights(model, train_data: Mixture, checkpoint_path: Path | None, device: torch.device) -> None:
     """Calibrates a clone, and sets the model's own weights: from a checkpoint, or by init and seed."""
     is_clone = isinstance(model, models.LowRankClone)
     covariance = None
-    if is_clone:
-        # The same tokens on any number of processes, and when resumed.
-        ids = models.to_device(train_data.batch(0, max(1, calibration_tokens // seq_len)).ids, device)
-        if needs_calibration():
-            covariance = model.calibrate(show(ids, desc="calibrating", unit="block"))
+    if is_clone and needs_calibration():
+        ids = calibration_ids(train_data, device)
+        covariance = model.calibrate(show(ids, desc="calibrating", unit="block"))
     if checkpoint_path is not None:
         convert.load_weights(checkpoint_path, model)
     elif is_clone:
-        layers = functools.partial(show, desc="fitting", unit="layer")
-        models.init_clone(model, seed, init, covariance, ids, layers)
+        models.init_clone(model, seed, init, covariance)
     else:
         model.init_weights(seed)
     mean_squares = getattr(model, "mean_squares", None) or {}
@@ -993,6 +994,9 @@ def check_options() -> None:
         raise ValueError(
             "student_hidden_size is None: choose one, by tools/plan.py --target_params=SIZE for instance"
         )
+    if init_from is not None and not Path(init_from).exists():
+        make = " ".join(["python tools/compress.py", *sys.argv[1:]])
+        raise ValueError(f"init_from is {init_from}, which does not exist; a start in closed form: {make}")
     if eval_only and init_from is None:
         raise ValueError("eval_only evaluates the model of init_from, which is None: name its directory")
     if WORLD_SIZE % replicas or (replicas > 1 and parallel == "ddp"):

@@ -1,5 +1,6 @@
 """LRC-1.5B with what small runs found best (see config/study/README.md), in place of the paper's settings.
 
+    python tools/compress.py config/lrc_1_5b_best.py          # the start, in closed form
     torchrun --nproc_per_node=8 train.py config/lrc_1_5b_best.py
 
 In the study free weights beside the projections, or in their place, gain more the longer a run is: that is
@@ -19,7 +20,7 @@ optimizer = "muon"
 learning_rate = 3e-4
 lr_schedule = "linear"
 warmup_ratio = 0.005
-init = "least_squares"  # the best start of a real teacher
+init_from = "out/lrc_1_5b_best_start"  # by tools/compress.py, the best start of a real teacher
 calibration_tokens = 65_536
 lm_weight = 0.0  # the KL alone: in small runs a lower held-out loss of text too
 kl_temperature = 1.0

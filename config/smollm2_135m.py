@@ -2,6 +2,7 @@
 
 hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir models/SmolLM2-135M-Instruct
 python prepare.py --tokenizer=models/SmolLM2-135M-Instruct --out=data/stdlib_smollm2
+python tools/compress.py config/smollm2_135m.py    # the start, in closed form
 python train.py config/smollm2_135m.py
 """
 
@@ -12,7 +13,7 @@ seq_len = 512
 global_batch_size = 2
 micro_batch_size = 2
 max_steps = 1000  # 1.0M tokens
-init = "least_squares"  # pca starts a real teacher's clone worse than a guess
+init_from = "out/smollm2_135m_start"  # by tools/compress.py; pca starts worse than a guess
 calibration_tokens = 32_768
 learning_rate = 1e-4  # at 3e-4 the first steps undo a good start
 clone_weight = 0.05  # the terms of 30 layers add up

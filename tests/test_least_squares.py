@@ -1,14 +1,15 @@
 """The closed-form start: exact where an exact student exists, and numpy's solution of each least squares."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE
-from slicegpt import slice_model
+from conftest import SHAPE, clone_options, metrics, run
+from compress import fit_clone, least_squares
 
 import convert
 import model as models
-from model import init_least_squares, least_squares
 
 FAMILIES = {
     "tied": {"model_type": "llama"},
@@ -65,7 +66,7 @@ def test_a_teacher_that_lies_in_the_students_width_is_cloned_exactly(family, tie
     ids = torch.randint(0, 300, (8, 64), generator=torch.Generator().manual_seed(3))
     clone = started(teacher, ids, share, tied)
     before = (clone.logits(ids) - teacher.logits(ids)).abs().max()
-    init_least_squares(clone, ids, ridge=1e-10)
+    fit_clone(clone, ids, ridge=1e-10)
     other = torch.randint(0, 300, (2, 64), generator=torch.Generator().manual_seed(4))
     after = (clone.logits(other) - teacher.logits(other)).abs().max()
     assert before > 0.1
@@ -83,16 +84,7 @@ def test_least_squares_is_numpys():
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"train": "both"},
-        {"train": "weights"},
-        {"student_layers": (0, 2)},
-        {"student_intermediate_size": 40, "train": "weights"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [{}, {"student_layers": (0, 2)}, {"student_intermediate_size": 40}], ids=str)
 def test_every_kind_of_student_starts_nearer_than_by_pca(options):
     """On tokens that it was not fitted to; what is cut is made up for as far as it can be."""
     config = convert.from_hf(SHAPE | {"model_type": "qwen2", "vocab_size": 300, "num_hidden_layers": 3})
@@ -100,39 +92,26 @@ def test_every_kind_of_student_starts_nearer_than_by_pca(options):
     generator = torch.Generator().manual_seed(3)
     ids, other = (torch.randint(0, 300, (n, 64), generator=generator) for n in (16, 2))
     losses = models.LossConfig(1.0, 1.0, 1.0, 0.2, "student", "student", "none", (), ())
-    kls = {}
-    for init in ("pca", "least_squares"):
-        student = models.StudentConfig(D_S, False, False, True, 1e-5, **options)
-        clone = models.LowRankClone(teacher, student, losses)
-        models.init_clone(clone, 1, init, clone.calibrate(ids), ids)
-        kls[init] = clone.loss(other, other)["kl"].item()
-    assert kls["least_squares"] < 0.8 * kls["pca"], kls
+    student = models.StudentConfig(D_S, False, False, True, 1e-5, **options)
+    clone = models.LowRankClone(teacher, student, losses)
+    models.init_clone(clone, 1, "pca", clone.calibrate(ids))
+    by_pca = clone.loss(other, other)["kl"].item()
+    fit_clone(clone, ids)
+    assert clone.loss(other, other)["kl"].item() < 0.8 * by_pca
 
 
-def test_free_parts_fit_what_no_projection_can():
-    """On the tokens that they are fitted to, where more freedom cannot be worse."""
-    config = convert.from_hf(SHAPE | {"model_type": "llama", "vocab_size": 300, "attention_bias": True})
-    teacher = models.Llama(config).init_weights(seed=0, std=0.2).requires_grad_(False)
-    ids = torch.randint(0, 300, (16, 64), generator=torch.Generator().manual_seed(3))
-    losses = models.LossConfig(1.0, 1.0, 1.0, 0.2, "student", "student", "none", (), ())
-    kls = {}
-    for train in ("projections", "both", "weights"):
-        student = models.StudentConfig(D_S, False, False, False, 1e-5, train)
-        clone = models.LowRankClone(teacher, student, losses)
-        models.init_clone(clone, 1, "least_squares", clone.calibrate(ids), ids)
-        kls[train] = clone.loss(ids, ids)["kl"].item()
-    assert kls["both"] < 0.95 * kls["projections"], kls
-    assert kls["weights"] == pytest.approx(kls["both"], rel=1e-4)  # the same, composed
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_slicegpt_is_exact_where_the_teacher_lies_in_the_width(family):
-    """The comparison: of all dimensions, and of those that the teacher fills."""
-    teacher = narrow_teacher(FAMILIES[family])
-    ids = torch.randint(300, (6, 20), generator=torch.Generator().manual_seed(3))
-    expected = teacher.logits(ids[4:])
-    for width in (48, D_S):
-        hidden, head = slice_model(teacher, ids, held=4, width=width)
-        torch.testing.assert_close(hidden @ head.T, expected, rtol=0, atol=1e-3)
-    hidden, head = slice_model(teacher, ids, held=4, width=D_S // 2)
-    assert (hidden @ head.T - expected).abs().max() > 0.1
+def test_the_command_writes_a_start_that_train_takes(work, teacher, corpus):
+    """By the option init_from, which without the start names the command that makes it."""
+    options = [*clone_options(teacher, corpus, work / "from_start"), f"--init_from={work / 'start'}"]
+    options = [option for option in options if not option.startswith(("--max_steps", "--out_dir"))]
+    train = ["train.py", *options, "--max_steps=1", f"--out_dir={work / 'from_start'}"]
+    missing = run(*train)
+    assert missing.returncode == 2 and "python tools/compress.py --" in missing.stderr, missing.stderr
+    made = run("tools/compress.py", *options)
+    assert made.returncode == 0, made.stderr
+    done = run(*train, "--eval_every=1", "--learning_rate=1e-9")
+    assert done.returncode == 0, done.stderr
+    start = json.loads(made.stdout.splitlines()[-1])["val_kl"]
+    assert metrics(work / "from_start")[-1]["val_kl"] == pytest.approx(start, rel=1e-3)
+    again = run("tools/compress.py", *options)
+    assert again.returncode == 2 and "exists; remove it" in again.stderr
