@@ -670,7 +670,7 @@ def test_a_second_run_in_an_out_dir_is_refused_while_the_first_lives(work, teach
     try:
         while not first.stdout.readline().startswith("step "):
             assert first.poll() is None
-        second = run("train.py", *options, "--resume=True")
+        second = run("train.py", *options, "--resume=True", "--max_steps=1")
         assert second.returncode == 2 and first.poll() is None
         assert second.stderr.splitlines()[-1].startswith(f"error: another train.py is writing {out};")
         lines = (out / "metrics.jsonl").read_text()
