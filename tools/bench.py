@@ -119,7 +119,7 @@ def counted_parts(counter: FlopCounterMode, parts: dict):
         yield counted
 
 
-def count_flops() -> dict[str, float]:
+def count_flops(recompute: bool = False) -> dict[str, float]:
     """Floating-point operations of an optimizer step by train.py's options, over all processes, by part.
 
     Counted by torch's FlopCounterMode, on tensors without data: one forward pass and its backward; matrix
@@ -129,11 +129,12 @@ def count_flops() -> dict[str, float]:
     processes = train.WORLD_SIZE
     parts = defaultdict(float)
     counter = FlopCounterMode(display=False, custom_mapping=FLOPS_OF)
-    one_pass = {"WORLD_SIZE": 1, "global_batch_size": size, "mask_documents": False}
+    one_pass = {"WORLD_SIZE": 1, "parallel": "ddp", "global_batch_size": size, "mask_documents": False}
     replaced = patch.multiple(train, load_teacher=random_teacher, **one_pass)
     with replaced, counted_parts(counter, parts) as counted:
         with torch.device("meta"):
             model = train.build_model(torch.float32)
+        model.recompute = recompute
         blocks = RandomTokens(model.config.vocab_size, train.seq_len)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
