@@ -249,7 +249,7 @@ def measure(ranks: int, parallel: str, activation_checkpointing: bool, gpu: bool
 
 
 def muon_flops(model, processes: int) -> float:
-    """Of the five rounds of Newton-Schulz by which Muon makes a step, on the process that has most of them."""
+    """Of the five rounds of Newton-Schulz by which Muon makes a step, on the process that has the most."""
     counts = {}
     for name, p in train.trained_parameters(model).items():
         if train.is_for_muon(name, p):
