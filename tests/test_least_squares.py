@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHAPE
-from slicegpt import slice_model
 
 import convert
 import model as models
@@ -123,16 +122,3 @@ def test_free_parts_fit_what_no_projection_can():
         kls[train] = clone.loss(ids, ids)["kl"].item()
     assert kls["both"] < 0.95 * kls["projections"], kls
     assert kls["weights"] == pytest.approx(kls["both"], rel=1e-4)  # the same, composed
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_slicegpt_is_exact_where_the_teacher_lies_in_the_width(family):
-    """The comparison: of all dimensions, and of those that the teacher fills."""
-    teacher = narrow_teacher(FAMILIES[family])
-    ids = torch.randint(300, (6, 20), generator=torch.Generator().manual_seed(3))
-    expected = teacher.logits(ids[4:])
-    for width in (48, D_S):
-        hidden, head = slice_model(teacher, ids, held=4, width=width)
-        torch.testing.assert_close(hidden @ head.T, expected, rtol=0, atol=1e-3)
-    hidden, head = slice_model(teacher, ids, held=4, width=D_S // 2)
-    assert (hidden @ head.T - expected).abs().max() > 0.1

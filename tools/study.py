@@ -107,7 +107,7 @@ def table(results: dict[str, list[list[dict]]]) -> str:
     references = [name for name in ("scratch", "paper") if results.get(name)]
     curves = {name: mean_curve(runs) for name, runs in results.items() if runs}
     head = ["variant", "seeds", "held-out CE", "max − min", "KL to teacher", "same likeliest token"]
-    head += ["tokens written alike", "effective rank, last layer"]
+    head.append("tokens written alike")
     head += [f"tokens to {name}'s {curves[name][-1][1]:.3f}" for name in references]
     rows, teacher = [head, ["---"] + ["---:"] * (len(head) - 1)], {}
     for name, curve in curves.items():
@@ -120,7 +120,6 @@ def table(results: dict[str, list[list[dict]]]) -> str:
         row.append(f"{mean(agreement):.1%}" if agreement else "–")
         alike = [end["agreement_length"] for end in ends if "agreement_length" in end]
         row.append(f"{mean(alike):.1f}" if alike else "–")
-        row.append(f"{mean(end['val_rank_student'][-1] for end in ends):.1f}" if is_clone else "–")
         teacher = ends[0] if is_clone else teacher
         for reference in references:
             reached, whole = tokens_to_reach(curve, curves[reference][-1][1]), curves[reference][-1][0]
@@ -131,16 +130,7 @@ def table(results: dict[str, list[list[dict]]]) -> str:
                 row.append(f"{less}{tokens / 1000:,.1f}k ({more}{whole / tokens:.1f}×)")
         rows.append(row)
     if teacher:
-        row = [
-            "teacher",
-            "",
-            f"{teacher['val_teacher_lm']:.3f}",
-            "",
-            "0",
-            "100%",
-            "64",
-            f"{teacher['val_rank_teacher'][-1]:.1f}",
-        ]
+        row = ["teacher", "", f"{teacher['val_teacher_lm']:.3f}", "", "0", "100%", "64"]
         rows.append(row + [""] * len(references))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
