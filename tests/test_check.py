@@ -11,12 +11,13 @@ import torch
 from conftest import ROOT
 
 import model as models
+import train
 
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 LINE = re.compile(r"^(.+?)  +(pass|fail|not run) +\d+ s  (.+)$", re.MULTILINE)
-ON_A_GPU = {"documents, varlen_attn", "documents, flash_attn", "compiled, bfloat16", "speed, all processes"}
-ON_A_GPU |= {"bfloat16 run against float32", "memory against tools/plan.py", "speed at LRC-1.5B's shape"}
-ON_A_GPU |= {"where a step's time goes"}
+ON_A_GPU = {"documents, varlen_attn", "documents, flash_attn", "bfloat16 run against float32"}
+ON_A_GPU |= {"speed at LRC-1.5B's shape", "where a step's time goes", "memory against tools/plan.py"}
+ON_A_GPU |= {"speed, fsdp on a mesh of one", "speed, all processes"}
 
 
 def lines(output):
@@ -30,9 +31,24 @@ def test_everything_passes_here():
     table = lines(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith(f"torch {torch.__version__}, CUDA ") and "; commit " in done.stdout
-    assert len(table) == 15 and {name for name in table if table[name][0] == "not run"} == ON_A_GPU
+    assert len(table) == 16 and {name for name in table if table[name][0] == "not run"} == ON_A_GPU
     assert all("bound" in text for result, text in table.values() if result == "pass")
-    assert "7 pass, 0 fail, 8 not run" in done.stdout
+    assert "8 pass, 0 fail, 8 not run" in done.stdout
+
+
+def test_one_device_shards_too(monkeypatch, capsys):
+    """On a mesh of one, where ddp lacks a second process; what FSDP costs can miss its bound."""
+    monkeypatch.setattr(check, "only", ("fsdp against", "ddp"))
+    monkeypatch.setattr(check, "device", "cpu")
+    monkeypatch.setattr(check, "processes", 1)
+    monkeypatch.setattr(train, "LAYERS_OF_A_UNIT", 1)  # as costly as it was
+    assert check.main() == 1
+    table = lines(capsys.readouterr().out)
+    assert table["ddp against one process"] == ("not run", "one device")
+    assert table["fsdp against one process"][0] == "pass"
+    assert "a mesh of one: losses" in table["fsdp against one process"][1]
+    result, text = table["fsdp against a plain step"]
+    assert result == "fail" and re.fullmatch(r"ratio [\d.]+, bound 1.6", text)
 
 
 def test_under_torchrun_one_process_speaks():
@@ -104,3 +120,20 @@ def test_a_run_that_fails_is_a_line_with_its_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(check, "device", "cpu")
     with pytest.raises(check.Failed, match="exit code 1: error: models/none is not a directory"):
         check.launch(1, "--teacher=models/none", f"--out_dir={tmp_path}")
+
+
+def test_a_failing_line_has_the_whole_cause():
+    """Of a chain the innermost; of a long one both ends; nothing where it was raised `from None`."""
+    try:
+        try:
+            raise RuntimeError("Failed to import CACHE/x.py\nSyntaxError: here")
+        except RuntimeError as error:
+            raise ValueError("outer") from error
+    except ValueError as error:
+        assert check.cause(error) == "RuntimeError: Failed to import CACHE/x.py\nSyntaxError: here"
+    long = check.cause(ValueError("\n".join(map(str, range(100)))))
+    assert long.startswith("ValueError: 0\n1") and long.endswith("98\n99") and len(long.splitlines()) == 13
+    output = "\n".join(
+        ["step 1", "x.SomeError: it failed", "  because", "torchrun: ChildFailedError: rank 0"]
+    )
+    assert check.reason(output).startswith("x.SomeError: it failed\nbecause")

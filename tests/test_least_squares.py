@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE, clone_options, metrics, run
 from compress import fit_clone, least_squares
+from conftest import SHAPE, clone_options, metrics, run
 
 import convert
 import model as models
@@ -84,7 +84,9 @@ def test_least_squares_is_numpys():
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"student_layers": (0, 2)}, {"student_intermediate_size": 40}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"student_layers": (0, 2)}, {"student_intermediate_size": 40}], ids=str
+)
 def test_every_kind_of_student_starts_nearer_than_by_pca(options):
     """On tokens that it was not fitted to; what is cut is made up for as far as it can be."""
     config = convert.from_hf(SHAPE | {"model_type": "qwen2", "vocab_size": 300, "num_hidden_layers": 3})

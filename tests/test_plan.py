@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import plan
 import pytest
@@ -81,15 +82,21 @@ def page():
     process.kill()
 
 
-def test_memory_is_what_a_run_takes(page, measure):
-    # the difference of a large and a small step: the interpreter is in both
-    steps = {"large": options(4, 256), "small": options(1, 16)}
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_memory_is_what_a_run_takes(page, measure, parallel):
+    """The difference of a large and a small step: the interpreter is in both. fsdp on a mesh of one."""
+    steps = {"large": options(4, 256, parallel=parallel), "small": options(1, 16, parallel=parallel)}
     runs = [
         start("tools/bench.py", *(f"--{key}={value}" for key, value in step.items()))
         for step in steps.values()
     ]
-    large, small = (measure(step, 1, "ddp", False) for step in steps.values())
-    taken, base = (json.loads(finish(run).splitlines()[-1])["peak_memory_gib"] for run in runs)
+    large, small = (measure(step, 1, parallel, False) for step in steps.values())
+    (taken, parts), (base, _) = (
+        (numbers["peak_memory_gib"], numbers["ms"])
+        for numbers in (json.loads(finish(run).splitlines()[-1]) for run in runs)
+    )
+    # The products of this step take longer than anything else, and its optimizer some time too.
+    assert max(parts, key=parts.get) == "matrix products" and parts["optimizer, clipping"] > 0
     assert taken - base > 0.15
     assert large - small == pytest.approx(taken - base, rel=0.15)
 
@@ -99,6 +106,34 @@ def test_shards_and_checkpointing_take_less(measure):
     peak = {(p, kept): measure(given, 4, p, kept) for p in ("ddp", "fsdp") for kept in (False, True)}
     assert peak["fsdp", True] < peak["fsdp", False] < peak["ddp", False]
     assert peak["fsdp", True] < peak["ddp", True] < peak["ddp", False]
+
+
+def test_shards_are_of_what_trains_alone(measure):
+    """Weights and moments of what trains, and the gradients, over four; the teacher is whole on each."""
+    given = options(1, 16, teacher=SHAPE | {"num_hidden_layers": 2}, global_batch_size=4)
+    whole, sharded = (measure(given, 4, parallel, False) for parallel in ("ddp", "fsdp"))
+    model = train.build_model(torch.float32)
+    trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad) / 2**30
+    frozen = 4 * sum(p.numel() for p in model.teacher.parameters()) / 2**30
+    assert frozen + trained < sharded < whole - trained
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_what_muon_sends(measure, parallel):
+    """Updates in bfloat16: all gathered under ddp; under fsdp exchanged with the shards, there and back."""
+    given = options(1, 16, teacher=SHAPE | {"num_hidden_layers": 2}, global_batch_size=4)
+    sent = {}
+    for optimizer in ("adamw", "muon"):
+        measure(given | {"optimizer": optimizer}, 4, parallel, False)
+        sent[optimizer] = plan.measure(4, parallel, False, gpu=False)[1]
+    shapes = Counter(
+        p.shape for name, p in train.build_model(torch.float32).named_parameters()
+        if p.requires_grad and train.is_for_muon(name, p)
+    )  # fmt: skip
+    # The matrices of a shape are filled up to a multiple of the processes.
+    padded = sum(2 * -(-count // 4) * 4 * shape.numel() for shape, count in shapes.items())
+    expected = padded * 3 / 4 * (1 if parallel == "ddp" else 2 / 4)
+    assert sent["muon"] - sent["adamw"] == pytest.approx(expected)
 
 
 def test_muon_keeps_one_moment_and_adds_arithmetic(measure):
@@ -112,9 +147,13 @@ def test_muon_keeps_one_moment_and_adds_arithmetic(measure):
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim == 2]
     moment = 4 * sum(p.numel() for p in matrices) / 2**30
     assert with_adamw - with_muon == pytest.approx(moment, rel=0.05)
+    optimizer = train.make_optimizer(model)
+    optimizer.found_inf = torch.zeros(())
     with FlopCounterMode(display=False) as counter:
-        train.make_optimizer(model).step()
-    assert counter.get_total_flops() == plan.muon_flops(model) > 0
+        optimizer.step()
+    assert counter.get_total_flops() == plan.muon_flops(model, processes=1) > 0
+    # Eight matrices of one shape and one of another: of three processes one has three of the first.
+    assert plan.muon_flops(model, 3) < 0.5 * plan.muon_flops(model, 1)
 
 
 def test_page_of_a_model_that_is_not_here(page):

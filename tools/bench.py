@@ -5,13 +5,15 @@
     torchrun --nproc_per_node=8 tools/bench.py config/lrc_1_5b.py --data=None --max_steps=12 \\
         --teacher=config/teachers/Llama-3.2-3B-Instruct.json
 
-Takes train.py's options; `teacher` is the shape of one, the fields of a config.json or its file. It times
-max_steps steps, reports FLOPs by part and ends with a line of JSON: among it the fraction of torch.mm's rate,
-as measured between the steps, at which the arithmetic was done that a step cannot do without.
+Takes train.py's options; `teacher` is the shape of one, the fields of a config.json or its file, and
+--parallel=fsdp shards on one process too. It times max_steps steps, reports FLOPs by part and where the time
+of two further steps goes, and ends with a line of JSON: among it the fraction of torch.mm's rate, as measured
+between the steps, at which the arithmetic was done that a step cannot do without.
 """
 
 import contextlib
 import json
+import os
 import statistics
 import sys
 import time
@@ -30,6 +32,8 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -41,9 +45,25 @@ MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
 def random_teacher(dtype: torch.dtype) -> models.Llama:
-    """A teacher of the shape that the option gives, its weights random; in place of train.py's own."""
-    teacher = models.Llama(train.base_shape(), dtype)
-    return teacher.init_weights(train.seed).to(dtype)
+    """A teacher of the shape that the option gives, its weights not set; in place of train.py's own."""
+    return models.Llama(train.base_shape(), dtype).to(dtype)
+
+
+def random_model(device: torch.device) -> models.LowRankClone | models.Llama:
+    """The model that the options describe, with random weights, which are made where they are used."""
+    with torch.device("meta"):
+        model = train.build_model(train.dtype_on(device))
+    model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(train.seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("norm"):
+                weight.fill_(1.0)
+            else:
+                weight.normal_(0.0, 0.02, generator=generator)
+        for kept_neurons in model.buffers():
+            kept_neurons.copy_(torch.arange(len(kept_neurons)))
+    return model
 
 
 class RandomTokens:
@@ -119,7 +139,7 @@ def counted_parts(counter: FlopCounterMode, parts: dict):
         yield counted
 
 
-def count_flops() -> dict[str, float]:
+def count_flops(recompute: bool = False) -> dict[str, float]:
     """Floating-point operations of an optimizer step by train.py's options, over all processes, by part.
 
     Counted by torch's FlopCounterMode, on tensors without data: one forward pass and its backward; matrix
@@ -129,11 +149,12 @@ def count_flops() -> dict[str, float]:
     processes = train.WORLD_SIZE
     parts = defaultdict(float)
     counter = FlopCounterMode(display=False, custom_mapping=FLOPS_OF)
-    one_pass = {"WORLD_SIZE": 1, "global_batch_size": size, "mask_documents": False}
+    one_pass = {"WORLD_SIZE": 1, "parallel": "ddp", "global_batch_size": size, "mask_documents": False}
     replaced = patch.multiple(train, load_teacher=random_teacher, **one_pass)
     with replaced, counted_parts(counter, parts) as counted:
         with torch.device("meta"):
             model = train.build_model(torch.float32)
+        model.recompute = recompute
         blocks = RandomTokens(model.config.vocab_size, train.seq_len)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
@@ -149,41 +170,95 @@ def count_flops() -> dict[str, float]:
     return dict(parts)
 
 
-def main() -> None:
-    vars(train).update(options, load_teacher=random_teacher)
-    if train.data is not None:
-        raise ValueError("data is given, but a benchmark runs on random tokens: --data=None")
-    train.split_batch()
-    device = train.start_device()
-    dtype = train.dtype_on(device)
-    model = train.build_model(dtype)
-    if isinstance(model, models.LowRankClone):
-        models.init_clone(model, train.seed, "random")
-    else:
-        model.init_weights(train.seed)
-    model = model.to(device)
+def make_step(device: torch.device):
+    """A function that takes the optimizer step of a number, as train.py does, and returns grad_norm."""
+    model = random_model(device)
     train.speed_up(model, device)
     make_weights = train.distribute(model, device)
     optimizer = train.make_optimizer(model)
     parameters = list(train.trained_parameters(model).values())
     blocks = RandomTokens(model.config.vocab_size, train.seq_len)
 
+    def step(number: int) -> torch.Tensor:
+        train.backward_step(model, make_weights, blocks, number, device)
+        return train.take_step(optimizer, parameters)
+
+    return step
+
+
+# Words in the name of a GPU's kernel, or of an operator on a CPU, that say what it is for; the first kind
+# that has one. Compiled kernels come first, since their names say what was fused, and attention's before
+# products, since both are made of cutlass. Muon's products count as products.
+KINDS = {
+    "communication": ("nccl", "gloo", "c10d"),
+    "compiled, elementwise": ("triton", "compiled", "cpp_fused"),
+    "attention": ("flash", "fmha", "sdpa", "attention", "cudnn::fusion"),
+    "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "xmma", "splitk", "aten::mm", "addmm", "bmm"),
+    "optimizer, clipping": ("multi_tensor_apply", "fused_adam", "_foreach", "optimizer"),
+}
+
+
+def kind_of(name: str) -> str:
+    for kind, words in KINDS.items():
+        if any(word in name.lower() for word in words):
+            return kind
+    return "not compiled: copies, casts, sums"
+
+
+def where_time_goes(step, first: int, device: torch.device) -> dict[str, float]:
+    """Milliseconds of a step by kind of kernel (on a CPU: of operator), of two steps under torch.profiler.
+
+    Where two kernels run at once, both count; "no kernel" is the time in which there is none.
+    """
+    is_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_gpu
+    with profile(activities=activities) as profiler:
+        start = time.perf_counter()
+        for number in (first, first + 1):
+            step(number).item()  # waits for a GPU
+        elapsed = (time.perf_counter() - start) * 1e6
+    microseconds = defaultdict(float)
+    busy = 0.0
+    end = 0.0
+    for event in sorted(profiler.events(), key=lambda event: event.time_range.start):
+        if not is_gpu:
+            microseconds[kind_of(event.name)] += event.self_cpu_time_total
+            busy += event.self_cpu_time_total
+        # A range that is named by hand, as the optimizer's, would count its kernels twice.
+        elif event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            microseconds[kind_of(event.name)] += event.time_range.elapsed_us()
+            busy += max(0.0, event.time_range.end - max(end, event.time_range.start))
+            end = max(end, event.time_range.end)
+    if not busy:
+        return {"torch.profiler sees no kernels here (CUPTI)": elapsed / 2e3}
+    by_size = sorted(microseconds.items(), key=lambda item: -item[1])
+    nothing = "no kernel" if is_gpu else "no operator: Python, autograd"
+    return {kind: value / 2e3 for kind, value in [*by_size, (nothing, max(0.0, elapsed - busy))]}
+
+
+def main() -> None:
+    vars(train).update(options, load_teacher=random_teacher)
+    if train.data is not None:
+        raise ValueError("data is given, but a benchmark runs on random tokens: --data=None")
+    train.split_batch()
+    device = train.start_device()
+    step = make_step(device)
     seconds = []
     rates = []
-    for step in tqdm(range(train.max_steps), desc="measuring", unit="step", disable=train.RANK > 0):
+    for number in tqdm(range(train.max_steps), desc="measuring", unit="step", disable=train.RANK > 0):
         start = time.perf_counter()
-        train.backward_step(model, make_weights, blocks, step, device)
-        train.take_step(optimizer, parameters).item()  # waits for a GPU
+        step(number).item()  # waits for a GPU
         seconds.append(time.perf_counter() - start)
-        rates.append(
-            matmul_rate(device, dtype)
-        )  # between the steps: what else a machine does slows them alike
+        # Between the steps: what else a machine does slows them alike.
+        rates.append(matmul_rate(device, train.dtype_on(device)))
+    memory = train.peak_memory_gib(device)
+    milliseconds = where_time_goes(step, train.max_steps, device)
     if train.RANK == 0:
-        report(seconds, rates, device)
+        report(seconds, rates, memory, milliseconds)
     train.barrier()
 
 
-def report(seconds: list[float], rates: list[float], device: torch.device) -> None:
+def report(seconds: list[float], rates: list[float], memory: float, milliseconds: dict) -> None:
     tokens = train.global_batch_size * train.seq_len
     median = statistics.median(seconds[1:] or seconds)
     rate = statistics.median(rates) * train.WORLD_SIZE
@@ -192,14 +267,18 @@ def report(seconds: list[float], rates: list[float], device: torch.device) -> No
     print(f"first step {seconds[0]:.2f} s, then a median of {median:.3f} s")
     for name, value in parts.items():
         print(f"  {name:20}{value / tokens / 1e6:9.1f} MFLOP a token {value / 1e9:10.1f} GFLOP a step")
+    print("where the time of a step goes, under torch.profiler")
+    for name, value in milliseconds.items():
+        print(f"  {name:34}{value:9.1f} ms  {value / sum(milliseconds.values()):4.0%}")
     numbers = {
         "tokens_per_second": tokens / median,
         "seconds_per_step": median,
         "matmul_gflops": rate,
         "matmul_fraction": parts["all"] / 1e9 / median / rate,
-        "peak_memory_gib": train.peak_memory_gib(device),
+        "peak_memory_gib": memory,
     }
-    print(json.dumps({name: round(value, 4) for name, value in numbers.items()}))
+    numbers = {name: round(value, 4) for name, value in numbers.items()}
+    print(json.dumps(numbers | {"ms": {name: round(value, 2) for name, value in milliseconds.items()}}))
 
 
 if __name__ == "__main__":
@@ -207,3 +286,6 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(0)  # gloo can abort a process that takes its group down

@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import io
 import json
@@ -36,7 +37,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
 
@@ -47,18 +49,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 import convert
 import model as models
-from configurator import need_compiler
+from configurator import need_compiler, read_options
 from prepare import write_shards
 
 GOLDEN = ROOT / "tests/golden"
 TOKENIZER = ROOT / "data/quickstart/teacher"
 TRAIN = ROOT / "train.py"
-TIME_LIMIT = 900  # seconds for one run of train.py: the largest makes three billion random weights on a CPU
+BENCH = ROOT / "tools/bench.py"
+TIME_LIMIT = 600  # seconds for one run
 
 
 class NotRun(Exception):
@@ -92,17 +93,8 @@ def difference_of_norms(actual: dict, expected: dict) -> float:
 
 # ---- the authors' numbers
 
-PAPER = models.LossConfig(
-    lm_weight=1.0,
-    kl_weight=1.0,
-    kl_temperature=40.0,
-    clone_weight=0.2,
-    clone_attn_out="student",
-    clone_mlp_out="student",
-    clone_scale="none",
-    clone_skip=(),
-    clone_skip_layers=(),
-)
+# The paper's weights, temperature and spaces of the terms.
+PAPER = models.LossConfig(1.0, 1.0, 40.0, 0.2, "student", "student", "none", (), ())
 
 
 def golden(case: str, dtype=torch.float32, device="cpu"):
@@ -116,13 +108,8 @@ def golden(case: str, dtype=torch.float32, device="cpu"):
     teacher.load_state_dict(
         {ours: source[f"teacher.{n}"] for n, (ours, _) in convert.weight_names(config).items()}
     )
-    student = models.StudentConfig(
-        student_hidden_size=lrc["target_hidden_size"],
-        share_qkv=False,
-        share_gate_up=False,
-        tie_head_projection=bool(lrc["tie_word_emb_proj"]),
-        student_rms_norm_eps=lrc["target_rms_norm_eps"],
-    )
+    tied = bool(lrc["tie_word_emb_proj"])
+    sizes = (lrc["target_hidden_size"], False, False, tied, lrc["target_rms_norm_eps"])
     losses = dataclasses.replace(
         PAPER,
         kl_weight=24 / lrc["kl_temperature"] ** 2,  # the reference sums KL over the 24 positions, without T²
@@ -130,7 +117,7 @@ def golden(case: str, dtype=torch.float32, device="cpu"):
         clone_weight=lrc["aux_loss_scale_factor"],
         clone_attn_out="teacher",
     )
-    clone = models.LowRankClone(teacher.to(dtype), student, losses).to(device)
+    clone = models.LowRankClone(teacher.to(dtype), models.StudentConfig(*sizes), losses).to(device)
     names = {"model.target_norm.weight": (clone.norm, False)}
     names["model.zoom.weight"] = (clone.embedding_projection, True)
     if clone.head_projection is not None:
@@ -195,19 +182,31 @@ SHAPE = {
 }  # fmt: skip
 
 
+def randomise(parameters: dict) -> None:
+    """Matrices with the deviation of orthogonal ones, ones for norms: made on the device, by a seed."""
+    generator = None
+    for name, p in parameters.items():
+        generator = generator or torch.Generator(p.device).manual_seed(1)
+        if p.ndim == 1:
+            torch.nn.init.ones_(p)
+        else:
+            # Twice that for a teacher: what a token attends to then decides what is likely after it.
+            scale = 2.0 if name.startswith("teacher") else 1.0
+            torch.nn.init.normal_(p, 0.0, scale * p.shape[1] ** -0.5, generator=generator)
+
+
 def random_teacher(dtype: torch.dtype) -> models.Llama:
-    # A tenfold deviation: what a token attends to then decides what is likely after it.
-    return models.Llama(convert.from_hf(SHAPE), dtype).init_weights(1, std=0.2).to(dtype)
+    with torch.device(device):
+        teacher = models.Llama(convert.from_hf(SHAPE), dtype)
+    randomise({f"teacher.{name}": p for name, p in teacher.named_parameters()})
+    return teacher.to(dtype)
 
 
 def random_clone(dtype: torch.dtype) -> models.LowRankClone:
     student = models.StudentConfig(64, False, False, True, 1e-5)
-    clone = models.LowRankClone(random_teacher(dtype), student, PAPER)
-    models.init_clone(clone, 1, "random")
-    for name, p in clone.trained().items():
-        if "projection" in name:  # columns of about length 1, so that the student is as loud as the teacher
-            p.data.mul_(1 / (0.02 * SHAPE["hidden_size"] ** 0.5))
-    return clone.to(device)
+    clone = models.LowRankClone(random_teacher(dtype), student, PAPER).to(device)
+    randomise(clone.trained())
+    return clone
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -265,29 +264,6 @@ def documents(kernel: str) -> str:
     return f"{text} (documents that see each other: {leaking:.2g})"
 
 
-def compiled(dtype: torch.dtype, bound: float) -> str:
-    """A layer and a chunk's loss compiled as train.py does, against the same not compiled."""
-    if device == "cpu" and dtype != torch.float32:
-        raise NotRun("a CPU computes in float32")
-    try:
-        need_compiler(device)
-    except ValueError as error:
-        raise NotRun(error) from None
-    clone = random_clone(dtype)
-    tokens = torch.randint(SHAPE["vocab_size"], (2, 129), generator=torch.Generator().manual_seed(1))
-    ids = tokens[:, :-1].to(device)
-    labels = tokens[:, 1:].to(device)
-    expected = clone.loss(ids, labels)["loss"]
-    expected.backward()
-    expected_gradients = gradients(clone)
-    clone.run_block = torch.compile(clone.run_block)
-    clone.chunk_loss = torch.compile(clone.chunk_loss)
-    loss = clone.loss(ids, labels)["loss"]
-    loss.backward()
-    text = within("loss", largest_difference(loss, expected), bound)
-    return f"{text}; " + within("gradients", difference_of_norms(gradients(clone), expected_gradients), bound)
-
-
 # ---- runs of train.py
 
 
@@ -325,242 +301,236 @@ def launch(count: int, *arguments: str, script: Path | None = None) -> str:
 
 
 def reason(output: str) -> str:
-    """The line of a failed run that says why: the first error, since torchrun's own report comes after it."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    named = [line for line in lines if line.startswith("error") or "Error: " in line]
-    return (named or lines or ["no output"])[0 if named else -1]
+    """The lines of a failed run that say why: from the first error on, since torchrun's own comes after."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
+    named = [i for i, line in enumerate(lines) if line.startswith("error") or "Error: " in line]
+    return "\n".join(lines[named[0] :][:8] if named else lines[-8:])
 
 
-def metrics(out_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def prepare_runs(work: Path) -> None:
-    if not (work / "teacher").exists():
-        quiet = io.StringIO()
-        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            sources = tuple(f"{ROOT}/{folder}*.py" for folder in ("", "tools/", "tests/", "config/"))
-            write_shards(sources, work / "corpus", str(TOKENIZER), heldout_fraction=0.3)
-        convert.save_model(random_teacher(torch.float32), work / "teacher", torch.float32, TOKENIZER)
-
-
-def train(work: Path, name: str, count: int, *more: str) -> Path:
-    """Six steps, evaluated and saved at 3 and 6, where they are not done yet; returns the run's directory."""
-    prepare_runs(work)
-    if not (work / name / "step_00000006").exists():
-        launch(
-            count, f"--teacher={work / 'teacher'}", f"--data={work / 'corpus'}", f"--out_dir={work / name}",
-            "--student_hidden_size=64", "--seq_len=64", f"--global_batch_size={2 * processes}",
-            "--micro_batch_size=1", "--max_steps=6", "--save_every=3", "--eval_every=3", "--eval_blocks=3",
-            "--log_every=1", "--keep_last=2", "--sample_prompt=", "--warmup_ratio=0", "--learning_rate=1e-3",
-            *more,
-        )  # fmt: skip
-    return work / name
+def cause(error: BaseException) -> str:
+    """Of an error the innermost one that it came from, whole but for the middle of a long one."""
+    while error.__cause__ or (error.__context__ and not error.__suppress_context__):
+        error = error.__cause__ or error.__context__
+    lines = f"{type(error).__name__}: {error}".strip().splitlines()
+    return "\n".join(lines if len(lines) <= 12 else [*lines[:4], "…", *lines[-8:]])
 
 
 FLOAT32 = ("--dtype=float32", "--compile=False")
+RUNS = {
+    "alone": FLOAT32,
+    "ddp": FLOAT32,
+    "fsdp": (*FLOAT32, "--parallel=fsdp"),
+    "compiled": ("--dtype=float32", "--compile=True", "--eval_every=0"),
+    "bfloat16": ("--dtype=bfloat16", "--compile=True", "--eval_every=0", "--parallel=fsdp"),
+}
+pool = ThreadPoolExecutor(len(RUNS))
+
+
+@functools.cache
+def prepare_runs(work: Path) -> None:
+    quiet = io.StringIO()
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        sources = tuple(f"{ROOT}/{folder}*.py" for folder in ("", "tools/", "tests/", "config/"))
+        write_shards(sources, work / "corpus", str(TOKENIZER), heldout_fraction=0.3)
+    convert.save_model(random_teacher(torch.float32), work / "teacher", torch.float32, TOKENIZER)
+
+
+def train(work: Path, name: str, *options: str) -> Path:
+    """Six steps, evaluated and saved at 3 and 6; returns the run's directory."""
+    launch(
+        1 if name in ("alone", "compiled") else processes,
+        f"--teacher={work / 'teacher'}", f"--data={work / 'corpus'}", f"--out_dir={work / name}",
+        "--student_hidden_size=64", "--seq_len=64", f"--global_batch_size={2 * processes}",
+        "--micro_batch_size=1", "--max_steps=6", "--save_every=3", "--eval_every=3", "--eval_blocks=3",
+        "--log_every=1", "--keep_last=2", "--sample_prompt=", "--warmup_ratio=0", "--learning_rate=1e-3",
+        *options,
+    )  # fmt: skip
+    return work / name
+
+
+@functools.cache
+def started(work: Path, name: str):
+    """A run of RUNS, done once, beside whatever else is done."""
+    prepare_runs(work)
+    return pool.submit(train, work, name, *RUNS[name])
+
+
+def largest_loss_error(run: Path, expected: Path) -> float:
+    """Of losses of training and evaluation, as far as the first run has them, relative."""
+    ours, theirs = (
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for out in (run, expected)
+    )
+    errors = []
+    for kind in ("loss", "grad_norm", "val_lm", "val_kl"):
+        found = {line["step"]: line[kind] for line in ours if kind in line}
+        right = {line["step"]: line[kind] for line in theirs if kind in line}
+        assert not found or found.keys() == right.keys()
+        # Not finite: null.
+        errors += [np.nan if found[i] is None else abs(found[i] - right[i]) / abs(right[i]) for i in found]
+    return float(np.max(errors))
 
 
 def compare(run: Path, expected: Path) -> str:
-    """Losses of training and evaluation, and the tensors at the end, of two runs in float32."""
-    ours = metrics(run)
-    theirs = metrics(expected)
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
-    errors = []
-    for a, b in zip(ours, theirs, strict=True):
-        for name in ("loss", "grad_norm", "val_lm", "val_kl"):
-            if name in b:
-                value = float("nan") if a[name] is None else a[name]  # not finite: null
-                errors.append(abs(value - b[name]) / abs(b[name]))
+    """Losses, and the tensors at the end, of two runs in float32."""
     weights, expected_weights = (
         load_file(out / "step_00000006/model.safetensors") for out in (run, expected)
     )
     # float32, summed in another order; AdamW's first steps enlarge that where a gradient is about 0
-    text = within("losses", float(np.max(errors)), 1e-4)
+    text = within("losses", largest_loss_error(run, expected), 1e-4)
     return f"{text}; " + within("tensors", difference_of_norms(weights, expected_weights), 1e-3)
 
 
-def several_processes(work: Path, parallel: str) -> str:
-    if processes == 1:
+def against_one_process(work: Path, name: str) -> str:
+    if name == "ddp" and processes == 1:
         raise NotRun("one device")
-    alone = train(work, "alone", 1, *FLOAT32)
-    run = train(work, parallel, processes, *FLOAT32, f"--parallel={parallel}")
-    return f"{processes} processes: {compare(run, alone)}"
+    text = compare(started(work, name).result(), started(work, "alone").result())
+    return f"{'a mesh of one' if processes == 1 else f'{processes} processes'}: {text}"
+
+
+def compiled(work: Path) -> str:
+    """A run whose layers and loss are compiled, against one whose are not."""
+    try:
+        need_compiler(device)
+    except ValueError as error:
+        raise NotRun(error) from None
+    return compare(started(work, "compiled").result(), started(work, "alone").result())
 
 
 def resume(work: Path) -> str:
     """A run that goes on from step 3's checkpoint, written after an evaluation, against the whole run."""
-    if processes == 1:
-        source = train(work, "alone", 1, *FLOAT32)
-    else:
-        source = train(work, "fsdp", processes, *FLOAT32, "--parallel=fsdp")
-    resumed = work / "resumed"
-    shutil.copytree(source, resumed)
-    shutil.rmtree(resumed / "step_00000006")
-    train(work, "resumed", processes, *FLOAT32, "--resume=True")
-    layouts = "1 process, then 1" if processes == 1 else f"fsdp x {processes}, then ddp x {processes}"
-    return f"{layouts}: {compare(resumed, source)}"
+    source = started(work, "fsdp").result()
+    shutil.copytree(source, work / "resumed")
+    shutil.rmtree(work / "resumed/step_00000006")
+    resumed = train(work, "resumed", *FLOAT32, "--resume=True")
+    return f"fsdp x {processes}, then ddp x {processes}: {compare(resumed, source)}"
 
 
 def bfloat16_run(work: Path) -> str:
-    """A run as on a GPU by default, in bfloat16 and compiled, against float32."""
+    """A run as on a GPU by default, in bfloat16 and compiled, and sharded, against float32."""
     if device == "cpu":
         raise NotRun("a CPU computes in float32")
-    alone = train(work, "alone", 1, *FLOAT32)
-    run = train(work, "bfloat16", processes, "--dtype=bfloat16", "--compile=True", "--parallel=fsdp")
-    pairs = zip(metrics(run), metrics(alone), strict=True)
-    errors = [abs(a["loss"] - b["loss"]) / b["loss"] for a, b in pairs if "loss" in b]
+    error = largest_loss_error(started(work, "bfloat16").result(), started(work, "alone").result())
     # bfloat16 rounds to 2^-8, 0.4 %, which a mean over tokens evens out; a wrong gradient shows in six steps
-    return f"{processes} processes: {within('losses', float(np.max(errors)), 0.02)}"
+    return f"{processes} processes: {within('losses', error, 0.02)}"
 
 
-# ---- memory and speed, on a GPU
+# ---- time and memory
 
-MEDIUM = {
-    "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632,
-    "num_hidden_layers": 8, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
-}  # fmt: skip
-BENCH = ROOT / "tools/bench.py"
+DEEP = SHAPE | {"num_hidden_layers": 28, "vocab_size": 256, "head_dim": 32}
 
 
-def as_arguments(options: dict) -> list[str]:
-    return [f"--{name}={value}" for name, value in options.items()]
+def fsdp_cpu_time() -> str:
+    """CPU time of a step under FSDP over a plain one's, on 28 tiny layers and a mesh of one: what a GPU whose
+    kernels are done sooner waits for. The lowest of rounds in turns, on a CPU whatever the device."""
+    import bench
 
-
-def measured(count: int, options: dict) -> dict:
-    """The line of JSON that tools/bench.py ends with."""
-    output = launch(count, *as_arguments(options), script=BENCH)
-    return json.loads([line for line in output.splitlines() if line.startswith("{")][-1])
-
-
-def memory() -> str:
-    if device == "cpu":
-        raise NotRun("tests/test_plan.py does it on a CPU")
-    import plan  # here, since it needs parts of PyTorch that are not public and may change
-
-    from configurator import read_options
+    import train as script
 
     options = {name: default for name, (default, _, _) in read_options(TRAIN.read_text()).items()}
-    options |= {"data": None, "teacher": MEDIUM, "student_hidden_size": 1024, "seq_len": 1024, "max_steps": 3}
-    options |= {"global_batch_size": 4, "micro_batch_size": 4}
-    plan.set_options(options)
-    planned = plan.measure(1, "ddp", False)[0] / 2**30
-    taken = measured(1, {name: value for name, value in options.items() if name != "device"})[
-        "peak_memory_gib"
-    ]
-    # the plan does not see cuBLAS' workspaces and what a compiled layer keeps or makes again
-    what = f"planned {planned:.2f} GiB, taken {taken:.2f} GiB: difference"
-    return within(what, abs(planned / taken - 1), 0.15)
+    options |= {"teacher": DEEP, "student_hidden_size": 64, "seq_len": 16, "device": "cpu", "compile": False}
+    options |= {"global_batch_size": 1, "micro_batch_size": 1, "load_teacher": bench.random_teacher}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a second one's waiting would count
+    seconds = {"ddp": [], "fsdp": []}
+    steps = {}
+    try:
+        for number in range(13):
+            for parallel in seconds:
+                with patch.multiple(script, **options | {"parallel": parallel}):
+                    if number == 0:
+                        steps[parallel] = bench.make_step(script.start_device())
+                    start = time.process_time()
+                    steps[parallel](number)
+                    seconds[parallel].append(time.process_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    plain, sharded = (1000 * min(times[3:]) for times in seconds.values())
+    return f"{plain:.0f} ms of CPU time, {sharded:.0f} under fsdp: {within('ratio', sharded / plain, 1.6)}"
 
 
-def speed_options(count: int) -> dict:
-    """LRC-1.5B's step, three blocks a GPU: 42 GiB by tools/plan.py, or 27 by activation checkpointing."""
+def bench_options(count: int, parallel: str) -> dict:
+    """LRC-1.5B's step, three blocks a GPU: 42 GiB by tools/plan.py, or 32 by activation checkpointing."""
+    if device == "cpu":
+        raise NotRun("a CPU; python tools/bench.py config/bench_smollm2.py measures one")
     gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-    if gib < 34:
-        raise NotRun(f"the GPU has {gib:.0f} GiB, LRC-1.5B takes 27 and some reserve")
+    if gib < 38:
+        raise NotRun(f"the GPU has {gib:.0f} GiB, LRC-1.5B takes 32 and some reserve")
     return {
         "data": None, "teacher": str(ROOT / "config/teachers/Llama-3.2-3B-Instruct.json"),
         "student_hidden_size": 1536, "seq_len": 2048, "kl_temperature": 40.0, "clone_attn_out": "teacher",
-        "micro_batch_size": 3, "global_batch_size": 3 * count, "max_steps": 12,
+        "micro_batch_size": 3, "global_batch_size": 3 * count, "max_steps": 12, "parallel": parallel,
         "activation_checkpointing": gib < 48,
     }  # fmt: skip
 
 
+@functools.cache
+def benchmark(count: int, parallel: str) -> dict:
+    """The line of JSON that tools/bench.py ends with."""
+    arguments = [f"--{name}={value}" for name, value in bench_options(count, parallel).items()]
+    output = launch(count, *arguments, script=BENCH)
+    return json.loads([line for line in output.splitlines() if line.startswith("{")][-1])
+
+
 def speed(count: int) -> str:
-    if device == "cpu":
-        raise NotRun("a CPU; python tools/bench.py config/bench_smollm2.py measures one")
-    options = speed_options(count)
-    numbers = measured(count, options)
-    kept = ", activation checkpointing" if options["activation_checkpointing"] else ""
+    if count == 0:
+        raise NotRun("one device")
+    numbers = benchmark(count, "ddp")
     return (
-        f"{count} x 3 x 2048 tokens a step{kept}: {numbers['tokens_per_second']:,.0f} tokens/s, "
+        f"{count} x 3 x 2048 tokens a step: {numbers['tokens_per_second']:,.0f} tokens/s, "
         f"{numbers['matmul_fraction']:.0%} of torch.mm's {numbers['matmul_gflops'] / 1000:,.0f} TFLOP/s, "
         f"{numbers['peak_memory_gib']:.1f} GiB"
     )
 
 
-def speed_of_all() -> str:
-    if processes == 1:
-        raise NotRun("one device")
-    return speed(processes)
-
-
-def kind_of(kernel: str) -> str:
-    name = kernel.lower()
-    # Attention first, since its kernels are made of cutlass too.
-    if any(word in name for word in ("flash", "fmha", "attention")):
-        return "attention"
-    if any(word in name for word in ("gemm", "cutlass", "nvjet", "cublas", "xmma", "splitk")):
-        return "matrix products"
-    if "memcpy" in name or "memset" in name:
-        return "copies"
-    if name.startswith("triton"):
-        return "compiled, not products"
-    return "other kernels"
+def fsdp_speed() -> str:
+    """A step on a mesh of one against a plain one: what FSDP itself costs, nothing being sent."""
+    plain, sharded = (benchmark(1, parallel)["seconds_per_step"] for parallel in ("ddp", "fsdp"))
+    text = within("ratio", sharded / plain, 1.05)
+    return f"{1000 * plain:.0f} ms, {1000 * sharded:.0f} under fsdp: {text}"
 
 
 def where_time_goes() -> str:
-    """Two steps at LRC-1.5B's shape under torch.profiler, in this process: seconds by kind of kernel."""
-    if device == "cpu":
-        raise NotRun("a CPU; python tools/profile_step.py config/bench_smollm2.py measures one")
-    import bench
+    parts = benchmark(1, "ddp")["ms"].items()
+    return "ms: " + ", ".join(f"{name.partition(':')[0]} {value:.1f}" for name, value in parts)
 
-    import train as script
 
-    vars(script).update(speed_options(1), load_teacher=bench.random_teacher)
-    model = models.init_clone(script.build_model(torch.bfloat16), 1, "random").to(device)
-    script.speed_up(model, torch.device(device))
-    optimizer = script.make_optimizer(model)
-    parameters = list(script.trained_parameters(model).values())
-    blocks = bench.RandomTokens(model.config.vocab_size, script.seq_len)
+def memory() -> str:
+    """The peak of the run that "speed" measures, against the plan."""
+    options = bench_options(1, "ddp")
+    taken = benchmark(1, "ddp")["peak_memory_gib"]
+    import plan  # here, since it needs parts of PyTorch that are not public and may change
 
-    def steps(first: int, count: int) -> None:
-        for step in range(first, first + count):
-            script.backward_step(model, model, blocks, step, torch.device(device))
-            script.take_step(optimizer, parameters)
-        torch.cuda.synchronize()
-
-    steps(0, 3)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        start = time.perf_counter()
-        steps(3, 2)
-        elapsed = time.perf_counter() - start
-    seconds = defaultdict(float)
-    # A range that a user names, as the optimizer does, would count its kernels twice.
-    for event in profiler.key_averages():
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            seconds[kind_of(event.key)] += event.self_device_time_total / 1e6
-    if not seconds:
-        raise NotRun("torch.profiler sees no kernels here (CUPTI)")
-    seconds["no kernel"] = max(0.0, elapsed - sum(seconds.values()))
-    parts = sorted(seconds.items(), key=lambda item: -item[1])
-    return f"{elapsed / 2:.3f} s: " + ", ".join(f"{name} {value / elapsed:.0%}" for name, value in parts)
+    defaults = {name: default for name, (default, _, _) in read_options(TRAIN.read_text()).items()}
+    plan.set_options(defaults | options)
+    planned = plan.measure(1, "ddp", options["activation_checkpointing"])[0] / 2**30
+    # the plan does not see cuBLAS' workspaces and what a compiled layer keeps or makes again
+    what = f"planned {planned:.2f} GiB, taken {taken:.2f} GiB: difference"
+    return within(what, abs(planned / taken - 1), 0.15)
 
 
 # ---- the table
 
 
-def header() -> list[str]:
-    def version(package: str) -> str:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return "not installed"
-
+def header() -> str:
     names = [platform.processor() or platform.machine()]
     if device == "cuda":
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    counted = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
+    flash_attn = "not installed"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        flash_attn = importlib.metadata.version("flash-attn")
     commit = "no git repository"
     if shutil.which("git"):
         describe = ["git", "describe", "--always", "--dirty"]
-        done = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True)
-        commit = done.stdout.strip() or commit
-    counted = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-    return [
-        f"torch {torch.__version__}, CUDA {torch.version.cuda}, flash-attn {version('flash-attn')}",
-        f"{device}: {counted}; {processes} processes; {os.cpu_count()} cores",
-        f"Python {platform.python_version()}, {platform.platform()}; commit {commit}",
-    ]
+        commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip() or commit
+    return (
+        f"torch {torch.__version__}, CUDA {torch.version.cuda}, flash-attn {flash_attn}\n"
+        f"{device}: {counted}; {processes} processes; {os.cpu_count()} cores\n"
+        f"Python {platform.python_version()}, {platform.platform()}; commit {commit}\n"
+    )
 
 
 def main() -> int:
@@ -589,26 +559,31 @@ def main() -> int:
         ("documents, by a mask", documents, "mask"),
         ("documents, varlen_attn", documents, "varlen_attn"),
         ("documents, flash_attn", documents, "flash_attn"),
-        ("compiled, float32", compiled, torch.float32, 1e-4),
-        # a fused kernel rounds once where eager does after each operation
-        ("compiled, bfloat16", compiled, torch.bfloat16, 0.05),
-        ("ddp against one process", several_processes, work, "ddp"),
-        ("fsdp against one process", several_processes, work, "fsdp"),
-        ("resume after an evaluation", resume, work),
+        ("fsdp against a plain step", fsdp_cpu_time),
+        ("ddp against one process", against_one_process, work, "ddp"),
+        ("fsdp against one process", against_one_process, work, "fsdp"),
+        ("compiled against not compiled", compiled, work),
         ("bfloat16 run against float32", bfloat16_run, work),
-        ("memory against tools/plan.py", memory),
+        ("resume after an evaluation", resume, work),
         ("speed at LRC-1.5B's shape", speed, 1),
-        ("speed, all processes", speed_of_all),
         ("where a step's time goes", where_time_goes),
+        ("memory against tools/plan.py", memory),
+        ("speed, fsdp on a mesh of one", fsdp_speed),
+        ("speed, all processes", speed, processes if processes > 1 else 0),
     ]
-    print("\n".join(header()), end="\n\n", flush=True)
-    counts = defaultdict(int)
+    if only:
+        checks = [check for check in checks if check[0].startswith(only)]
+    elif device == "cuda":
+        # All at once, for which a GPU has room. A CPU does each when a line asks for it.
+        for name in RUNS:
+            if name != "ddp" or processes > 1:
+                started(work, name)
+    print(header(), flush=True)
+    counts = Counter()
     start = time.perf_counter()
     try:
         for name, function, *arguments in checks:
-            if only and not name.startswith(only):
-                continue
-            result, text = "pass", ""
+            result = "pass"
             began = time.perf_counter()
             try:
                 text = function(*arguments)
@@ -617,9 +592,9 @@ def main() -> int:
             except Failed as why:
                 result, text = "fail", str(why)
             except Exception as error:  # whatever went wrong belongs into the table, and the others go on
-                lines = str(error).strip().splitlines() or [""]
-                result, text = "fail", f"{type(error).__name__}: {lines[0]}"
+                result, text = "fail", cause(error)
             counts[result] += 1
+            text = text.replace("\n", "\n    ")
             print(f"{name:29} {result:8} {time.perf_counter() - began:5.0f} s  {text}", flush=True)
             if device == "cuda":
                 torch.cuda.empty_cache()  # for the runs, which are processes of their own

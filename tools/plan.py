@@ -14,11 +14,10 @@ is allocated within an operation nor fragmentation, for which there is reserve_g
 
 gpus = 8  # processes of the run, one a GPU
 memory_gib = 80.0  # of a GPU
-reserve_gib = (
-    6.0  # of it, for what is not a tensor: CUDA context, cuBLAS, NCCL, the allocator's fragmentation
-)
+reserve_gib = 6.0  # of it, for CUDA's context, cuBLAS, NCCL and the allocator's fragmentation
 peak_tflops = 989.0  # of a GPU in bfloat16, dense (H100 SXM)
 mfu = (0.3, 0.4, 0.5)  # fractions of it that a run may reach
+product_rate = 0.75  # fraction of it that products alone reach (torch.mm on an H100: 734 and 783 TFLOP/s)
 target_params: float | None = None  # a student's size: prints the shapes that have it, and no plan
 
 import sys
@@ -37,23 +36,23 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import functools
 import math
 import time
-import warnings
+import weakref
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from bench import RandomTokens, count_flops, random_teacher
+from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-from torch.distributed._tools.mem_tracker import MemTracker
-from torch.distributed.tensor import _sharding_prop
+from torch.distributed import device_mesh
+from torch.distributed._tools.common_utils import get_untyped_storages
+from torch.distributed.tensor import DTensor, _sharding_prop
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_leaves
 
 import convert
 import model as models
@@ -98,46 +97,73 @@ class FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(x), None, torch.empty_like(weight) if needs[2] else None, None
 
 
-class Traffic(TorchDispatchMode):
-    """Bytes that this rank sends in FSDP's collectives, each in a ring: the whole but for its own part."""
+class Watch(TorchDispatchMode):
+    """Follows a step on fake tensors: the bytes of all that are alive, the most so far, and the bytes sent.
 
-    sent = 0.0
+    A collective is taken for a ring: each rank sends the whole but for its own part.
+    """
+
+    def __init__(self, held: list[torch.Tensor]):
+        super().__init__()
+        self.alive = 0
+        self.peak = 0
+        self.sent = 0.0
+        self.sizes = {}  # of storages, by their address
+        self.fake_mode = active_fake_mode()
+        self.add(held)
+
+    def add(self, tensors: list[torch.Tensor]) -> None:
+        for tensor in tensors:
+            for storage in get_untyped_storages(tensor):
+                if storage._cdata not in self.sizes:
+                    weakref.finalize(storage, self.resize, storage._cdata, None)
+                self.resize(storage._cdata, storage.nbytes())
+
+    def resize(self, address: int, size: int | None) -> None:
+        """size: None where the storage is gone."""
+        self.alive += (size or 0) - self.sizes.pop(address, 0)
+        if size is not None:
+            self.sizes[address] = size
+        self.peak = max(self.peak, self.alive)
+
+    def __enter__(self):
+        straight = torch.UntypedStorage.resize_
+
+        def resize(storage, size: int):  # by which FSDP frees what it has gathered, and takes it again
+            straight(storage, size)
+            if storage._cdata in self.sizes:
+                self.resize(storage._cdata, storage.nbytes())
+            return storage
+
+        self.patched = patch.object(torch.UntypedStorage, "resize_", resize)
+        self.patched.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patched.stop()
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # what it does to its local tensors is seen
+        # DTensor finds shapes on whole fake tensors of a mode of its own, which would not be there
+        if active_fake_mode() is not self.fake_mode:
+            return function(*args, **(kwargs or {}))
+        self.send(function, args)
+        if function is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0]  # a fake one would be new
+        result = function(*args, **(kwargs or {}))
+        self.add([leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)])
+        return result
+
+    def send(self, function, args: tuple) -> None:
         c10d = torch.ops.c10d
         if function in (c10d._allgather_base_.default, c10d._reduce_scatter_base_.default):
             self.sent += abs(args[0].nbytes - args[1].nbytes)
+        elif function is c10d.alltoall_base_.default:  # among the shards
+            self.sent += args[1].nbytes * (1 - train.replicas / train.WORLD_SIZE)
         elif function is c10d.allreduce_.default:  # among the replicas
             self.sent += 2 * (1 - 1 / train.replicas) * sum(tensor.nbytes for tensor in args[0])
-        return function(*args, **(kwargs or {}))
-
-
-class PeakOnly:
-    """Of a tracker: the peak as a whole and not of every module, which is half of the time it takes."""
-
-    def _update_peak_stats(self, peak_state):
-        for device, now in self._curr_mem_snap.items():
-            self._peak_mem[device] = max(self._peak_mem.get(device, 0), now["Total"])
-
-
-class ShardTracker(PeakOnly, FSDPMemTracker):
-    pass
-
-
-class ReplicaTracker(PeakOnly, MemTracker):
-    def _track_module_params_and_buffers(self, module, install_grad_hooks=True):
-        return super()._track_module_params_and_buffers(module, False)  # the teacher's take no hooks
-
-
-class Pass(torch.nn.Module):
-    """Calls a function, in which the trackers take layers for parts of one pass, however often they run."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, function, *args):
-        return function(*args)
 
 
 class FusedLoss(torch.autograd.Function):
@@ -158,91 +184,82 @@ def fused_loss(logits, labels, teacher_logits, temperature) -> dict:
     return dict(zip(("lm", "kl"), FusedLoss.apply(logits, teacher_logits), strict=True))
 
 
-def run_step(model, make_weights, optimizer, where) -> None:
-    """The step in train.py's main(), but for schedule and logs."""
-    straight = train.forward
-    size, passes = train.split_batch()
-
-    def forward(*arguments, **more):
-        return Pass(model)(functools.partial(straight, **more), *arguments)
-
-    # a third pass takes no more than the second
-    split = patch.object(train, "split_batch", lambda: (size, min(passes, 2)))
-    with patch.object(train, "forward", forward), split:
-        blocks = RandomTokens(model.config.vocab_size, train.seq_len)
-        train.backward_step(model, lambda: Pass(model)(make_weights), blocks, 0, where)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    grad_norm = train.unshard(torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm or torch.inf))
-    if isinstance(optimizer, torch.optim.AdamW):  # Muon's asks what this is, and a fake tensor is nothing
-        optimizer.found_inf = (~grad_norm.isfinite()).float()
-    optimizer.step()
-
-
 def measure(ranks: int, parallel: str, activation_checkpointing: bool, gpu: bool = True) -> tuple[int, float]:
     """(most bytes of tensors at once, bytes sent in a step) of one rank, by train.py's options as now set.
 
     gpu: bfloat16, and a GPU's chunks of logits and RMSNorm; else float32 as on a CPU. In either case the fake
     tensors are on the CPU, since a PyTorch without CUDA cannot run backward on a GPU's.
     """
-    where, dtype = torch.device("cpu"), getattr(torch, train.dtype or ("bfloat16" if gpu else "float32"))
-    sharded = parallel == "fsdp" and ranks > 1
-    real_mesh, real_chunk = train.init_device_mesh, models.loss_chunk
+    where = torch.device("cpu")
+    dtype = getattr(torch, train.dtype or ("bfloat16" if gpu else "float32"))
+    real_mesh = device_mesh.init_device_mesh
+    real_chunk = models.loss_chunk
+    real_split = train.split_batch
 
     def make_mesh(*arguments, **options):  # computes with real numbers
         with unset_fake_temporarily():
             return real_mesh(*arguments, **options)
 
+    def split_batch() -> tuple[int, int]:
+        size, passes = real_split()
+        return size, min(passes, 2)  # a third pass takes no more than the second
+
     replaced = [
         (train, "WORLD_SIZE", ranks),
         (train, "parallel", parallel),
         (train, "dtype", str(dtype).removeprefix("torch.")),
-        (train, "init_device_mesh", make_mesh),
-        # DTensor finds shapes on whole fake tensors: in a mode of their own, the trackers leave them out
-        (_sharding_prop, "detect_fake_mode", lambda: None),
+        (train, "split_batch", split_batch),
+        (device_mesh, "init_device_mesh", make_mesh),
+        (_sharding_prop, "detect_fake_mode", lambda: None),  # see Watch
     ]
     if gpu:
-        replaced += [(train, "mask_documents", False)]  # a GPU makes no mask
         cuda = torch.device("cuda")
-        replaced += [(F, "rms_norm", FusedRMSNorm.apply)]
-        replaced += [(models, "loss_chunk", lambda vocab_size, device: real_chunk(vocab_size, cuda))]
+        replaced += [
+            (train, "mask_documents", False),  # a GPU makes no mask
+            (F, "rms_norm", FusedRMSNorm.apply),
+            (models, "loss_chunk", lambda vocab_size, device: real_chunk(vocab_size, cuda)),
+        ]
     with contextlib.ExitStack() as stack:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
         stack.callback(dist.destroy_process_group)
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", "Module is None")  # a Pass, when its layers' backward runs
         for owner, name, value in replaced:
             stack.enter_context(patch.object(owner, name, value))
         with torch.device("meta"):
             model = train.build_model(dtype)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model.to_empty(device=where)
-        if activation_checkpointing:
-            model.run_block = functools.partial(checkpoint, model.run_block, use_reentrant=False)
+        model.recompute = activation_checkpointing
         if gpu:
             model.chunk_loss = fused_loss
-        make_weights = train.distribute(model, where) if sharded else model
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        make_weights = train.distribute(model, where) if parallel == "fsdp" else model
         optimizer = train.make_optimizer(model)
-        train.optimizer_state(model, optimizer)  # as after a first step
-        optimizers = getattr(optimizer, "parts", (optimizer,))
-        if ranks > 1 and not sharded:
+        state = train.optimizer_state(model, optimizer)  # as after a first step
+        parameters = list(train.trained_parameters(model).values())
+        sent = 0.0
+        if ranks > 1 and parallel == "ddp":
             for p in parameters:
                 p.grad = torch.zeros_like(p)  # in DDP's buckets, which stay
-        tracker = ShardTracker(model, optimizers[0]) if sharded else ReplicaTracker()
-        tracker.track_external(*(optimizers[1:] if sharded else (model, *optimizers)))
-        with Traffic() as traffic, tracker:
-            run_step(model, make_weights, optimizer, where)
-        peak = sum(tracker._peak_mem.values())  # one device
-        return peak, traffic.sent if sharded else 2 * (ranks - 1) / ranks * sum(p.nbytes for p in parameters)
+            sent = 2 * (ranks - 1) / ranks * sum(p.nbytes for p in parameters)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        blocks = RandomTokens(model.config.vocab_size, train.seq_len)
+        with Watch([*model.parameters(), *model.buffers(), *state.values(), *gradients]) as watch:
+            train.backward_step(model, make_weights, blocks, 0, where)
+            train.take_step(optimizer, parameters)
+        return watch.peak, watch.sent + sent
 
 
-def muon_flops(model) -> float:
-    """Of the five rounds of Newton-Schulz by which Muon makes a step; under ddp every process does them."""
+def muon_flops(model, processes: int) -> float:
+    """Of the five rounds of Newton-Schulz by which Muon makes a step, on the process that has the most."""
+    counts = {}
+    for name, p in train.trained_parameters(model).items():
+        if train.is_for_muon(name, p):
+            counts[p.shape] = counts.get(p.shape, 0) + 1
     total = 0.0
-    for name, p in model.named_parameters():
-        if p.requires_grad and train.is_for_muon(name, p):
-            m, n = sorted(p.shape)
-            total += 5 * (4 * m * m * n + 2 * m**3)
+    for shape, count in counts.items():
+        m, n = sorted(shape)
+        stacks, rest = divmod(count, train.MATRICES_AT_ONCE * processes)
+        share = stacks * train.MATRICES_AT_ONCE + math.ceil(rest / processes)
+        total += share * 5 * (4 * m * m * n + 2 * m**3)
     return total
 
 
@@ -308,15 +325,22 @@ def main() -> None:
 
     with patch.object(train, "WORLD_SIZE", gpus):
         parts = count_flops()
-    if train.optimizer == "muon":
-        parts["Muon (ddp)"] = gpus * muon_flops(model)
-    # what runs forward a second time with activation_checkpointing: the layers, and their clone losses
-    again = sum(parts.get(name, 0.0) for name in ("teacher", "student", "clone losses"))
+        # Checkpointing runs the student's layers again, but for what nothing in their backward needs.
+        again = sum(count_flops(recompute=True).values()) - sum(parts.values())
+    muon = muon_flops(model, gpus // train.replicas)
+    if muon:
+        parts["Muon"] = gpus * muon
     total = sum(parts.values())
     print(f"\nGFLOP a token, of {tokens:,} tokens a step on {gpus} {'GPUs' if gpu else 'processes'}")
-    for name, value in (parts | {"all": total, "layers again": again}).items():
-        note = "  (besides, with activation_checkpointing)" if name == "layers again" else ""
+    for name, value in (parts | {"all": total, "student again": again}).items():
+        note = "  (besides, with activation_checkpointing)" if name == "student again" else ""
         print(f"  {name:20}{value / tokens / 1e9:8.2f}{note}")
+    if muon and gpu:
+        rate = product_rate * peak_tflops
+        print(
+            f"Muon's share of each GPU: {muon / 1e12:.2f} TFLOP, {muon / rate / 1e9:.1f} ms of products at "
+            f"{rate:.0f} TFLOP/s"
+        )
 
     batch = f"{passes} x {size} blocks of {train.seq_len} tokens"
     print(f"\none of them, with {batch} a step (fits: with {reserve_gib:g} GiB of reserve)")

@@ -1,4 +1,4 @@
-"""Draws the curves of one or several runs: held-out loss, KL, effective rank, clone terms by layer.
+"""Draws the curves of one or several runs: held-out loss, KL, clone terms by layer.
 
     python tools/plot.py out/quickstart
     python tools/plot.py out/study/ours_1 out/study/paper_1 --out=curves.png
@@ -47,7 +47,7 @@ def panels_of(runs: dict[str, list[dict]]) -> list[str]:
     if evaluations or any(line.get("lm") is not None for line in lines):
         panels.append("loss")
     if any("val_kl" in line for line in evaluations):
-        panels += ["kl", "rank"]
+        panels.append("kl")
     if any(line.get("val_terms_by_layer") for line in evaluations):
         panels.append("terms")
     return panels
@@ -91,21 +91,18 @@ def draw(runs: dict[str, list[dict]], out: str) -> None:
             continue
         last = evaluations[-1]
         axes["kl"].plot(tokens, [line["val_kl"] for line in evaluations], **style)
-        axes["rank"].plot(tokens, [line["val_rank_student"][-1] for line in evaluations], **style)
-        teachers.add((last["val_teacher_lm"], last["val_rank_teacher"][-1]))
+        teachers.add(last["val_teacher_lm"])
         layers = list(last.get("val_terms_by_layer", {}).values())
         if layers:
             # an unweighted mean of the terms, as they are scaled
             means = [sum(values) / len(layers) for values in zip(*layers, strict=True)]
             axes["terms"].plot(means, **style)
-    for teacher_lm, teacher_rank in teachers:
+    for teacher_lm in teachers:
         axes["loss"].axhline(teacher_lm, color="gray", linestyle="--", linewidth=1)
-        axes["rank"].axhline(teacher_rank, color="gray", linestyle="--", linewidth=1)
 
     titles = {
         "loss": "loss: held out, and in training (thin); dashed: the teacher",
         "kl": "KL(teacher ‖ student), held out",
-        "rank": "effective rank of the last layer's hidden states",
         "terms": "clone terms at the end, mean over terms",
     }
     for name in panels:
@@ -115,8 +112,6 @@ def draw(runs: dict[str, list[dict]], out: str) -> None:
             axes[name].set_ylabel("nats a token")
         if name in ("kl", "terms"):
             axes[name].set_yscale("log")
-    if "rank" in panels:
-        axes["rank"].set_ylim(0, None)
     axes["loss"].legend(fontsize="small")
     figure.savefig(out, dpi=110)
 

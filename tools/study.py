@@ -107,7 +107,7 @@ def table(results: dict[str, list[list[dict]]]) -> str:
     references = [name for name in ("scratch", "paper") if results.get(name)]
     curves = {name: mean_curve(runs) for name, runs in results.items() if runs}
     head = ["variant", "seeds", "held-out CE", "max − min", "KL to teacher", "same likeliest token"]
-    head += ["tokens written alike"]
+    head.append("tokens written alike")
     head += [f"tokens to {name}'s {curves[name][-1][1]:.3f}" for name in references]
     rows, teacher = [head, ["---"] + ["---:"] * (len(head) - 1)], {}
     for name, curve in curves.items():
