@@ -69,8 +69,8 @@ def finish(process):
 
 def peaks(output):
     """{(parallel, activation_checkpointing): (peak GiB, fits)} of a plan."""
-    rows = re.findall(r"^  (ddp|fsdp) +(True|False) +([\d.]+) +[\d.]+  (yes|no)$", output, re.MULTILINE)
-    return {(parallel, kept == "True"): (float(peak), fits) for parallel, kept, peak, fits in rows}
+    rows = re.findall(r"^  (ddp|fsdp) +(\w+) +([\d.]+) +[\d.]+  (yes|no)$", output, re.MULTILINE)
+    return {(parallel, recompute): (float(peak), fits) for parallel, recompute, peak, fits in rows}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_memory_is_what_a_run_takes(page, measure, parallel):
         start("tools/bench.py", *(f"--{key}={value}" for key, value in step.items()))
         for step in steps.values()
     ]
-    large, small = (measure(step, 1, parallel, False) for step in steps.values())
+    large, small = (measure(step, 1, parallel, "none") for step in steps.values())
     (taken, parts), (base, _) = (
         (numbers["peak_memory_gib"], numbers["ms"])
         for numbers in (json.loads(finish(run).splitlines()[-1]) for run in runs)
@@ -103,15 +103,18 @@ def test_memory_is_what_a_run_takes(page, measure, parallel):
 
 def test_shards_and_checkpointing_take_less(measure):
     given = options(2, 1024, global_batch_size=8, teacher=SHAPE | {"num_hidden_layers": 2})
-    peak = {(p, kept): measure(given, 4, p, kept) for p in ("ddp", "fsdp") for kept in (False, True)}
-    assert peak["fsdp", True] < peak["fsdp", False] < peak["ddp", False]
-    assert peak["fsdp", True] < peak["ddp", True] < peak["ddp", False]
+    peak = {
+        (p, kept): measure(given, 4, p, kept) for p in ("ddp", "fsdp") for kept in ("none", "student", "both")
+    }
+    for parallel in ("ddp", "fsdp"):
+        assert peak[parallel, "both"] < peak[parallel, "student"] < peak[parallel, "none"]
+    assert all(peak["fsdp", kept] < peak["ddp", kept] for kept in ("none", "student", "both"))
 
 
 def test_shards_are_of_what_trains_alone(measure):
     """Weights and moments of what trains, and the gradients, over four; the teacher is whole on each."""
     given = options(1, 16, teacher=SHAPE | {"num_hidden_layers": 2}, global_batch_size=4)
-    whole, sharded = (measure(given, 4, parallel, False) for parallel in ("ddp", "fsdp"))
+    whole, sharded = (measure(given, 4, parallel, "none") for parallel in ("ddp", "fsdp"))
     model = train.build_model(torch.float32)
     trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad) / 2**30
     frozen = 4 * sum(p.numel() for p in model.teacher.parameters()) / 2**30
@@ -124,8 +127,8 @@ def test_what_muon_sends(measure, parallel):
     given = options(1, 16, teacher=SHAPE | {"num_hidden_layers": 2}, global_batch_size=4)
     sent = {}
     for optimizer in ("adamw", "muon"):
-        measure(given | {"optimizer": optimizer}, 4, parallel, False)
-        sent[optimizer] = plan.measure(4, parallel, False, gpu=False)[1]
+        measure(given | {"optimizer": optimizer}, 4, parallel, "none")
+        sent[optimizer] = plan.measure(4, parallel, "none", gpu=False)[1]
     shapes = Counter(
         p.shape for name, p in train.build_model(torch.float32).named_parameters()
         if p.requires_grad and train.is_for_muon(name, p)
@@ -138,8 +141,8 @@ def test_what_muon_sends(measure, parallel):
 
 def test_muon_keeps_one_moment_and_adds_arithmetic(measure):
     given = options(1, 64) | {"teacher": SHAPE | {"num_hidden_layers": 1}}
-    with_adamw = measure(given, 1, "ddp", False)
-    with_muon = measure(given | {"optimizer": "muon"}, 1, "ddp", False)
+    with_adamw = measure(given, 1, "ddp", "none")
+    with_muon = measure(given | {"optimizer": "muon"}, 1, "ddp", "none")
     model = train.build_model(torch.float32)
     for weight in model.parameters():
         torch.nn.init.normal_(weight)
@@ -161,7 +164,7 @@ def test_page_of_a_model_that_is_not_here(page):
     for number in ("3,212,749,824", "929,650,176", "1,606,374,912", "208,000 steps"):
         assert number in output
     found = peaks(output)
-    assert found["ddp", False][1] == "no" and found["ddp", True][1] == "yes"  # of 45 GiB
+    assert found["ddp", "none"][1] == "no" and found["ddp", "student"][1] == "yes"  # of 45 GiB
 
 
 def test_shapes_of_a_size():

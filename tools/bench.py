@@ -139,7 +139,7 @@ def counted_parts(counter: FlopCounterMode, parts: dict):
         yield counted
 
 
-def count_flops(recompute: bool = False) -> dict[str, float]:
+def count_flops(recompute: str = "none") -> dict[str, float]:
     """Floating-point operations of an optimizer step by train.py's options, over all processes, by part.
 
     Counted by torch's FlopCounterMode, on tensors without data: one forward pass and its backward; matrix

@@ -462,7 +462,7 @@ def bench_options(count: int, parallel: str) -> dict:
         "data": None, "teacher": str(ROOT / "config/teachers/Llama-3.2-3B-Instruct.json"),
         "student_hidden_size": 1536, "seq_len": 2048, "kl_temperature": 40.0, "clone_attn_out": "teacher",
         "micro_batch_size": 3, "global_batch_size": 3 * count, "max_steps": 12, "parallel": parallel,
-        "activation_checkpointing": gib < 48,
+        "activation_checkpointing": "student" if gib < 48 else "none",
     }  # fmt: skip
 
 

@@ -58,6 +58,9 @@ import convert
 import model as models
 import train
 
+# Values of activation_checkpointing that differ, of a plain model and of a clone.
+RECOMPUTE = {False: ("none", "both"), True: ("none", "student", "both")}
+
 
 def config_of(path: str) -> dict:
     """The config.json of a Hugging Face directory, or that of its name in config/teachers/."""
@@ -184,7 +187,7 @@ def fused_loss(logits, labels, teacher_logits, temperature) -> dict:
     return dict(zip(("lm", "kl"), FusedLoss.apply(logits, teacher_logits), strict=True))
 
 
-def measure(ranks: int, parallel: str, activation_checkpointing: bool, gpu: bool = True) -> tuple[int, float]:
+def measure(ranks: int, parallel: str, recompute: str, gpu: bool = True) -> tuple[int, float]:
     """(most bytes of tensors at once, bytes sent in a step) of one rank, by train.py's options as now set.
 
     gpu: bfloat16, and a GPU's chunks of logits and RMSNorm; else float32 as on a CPU. In either case the fake
@@ -228,7 +231,7 @@ def measure(ranks: int, parallel: str, activation_checkpointing: bool, gpu: bool
             model = train.build_model(dtype)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model.to_empty(device=where)
-        model.recompute = activation_checkpointing
+        model.recompute = recompute
         if gpu:
             model.chunk_loss = fused_loss
         make_weights = train.distribute(model, where) if parallel == "fsdp" else model
@@ -285,19 +288,19 @@ def print_shapes(teacher: models.ModelConfig) -> None:
                 print(f"  {best.hidden_size:19}{layers:16}{neurons:27}{size:16,}")
 
 
-def print_days(tokens: int, total: float, again: float) -> None:
-    """How long a run takes. total: FLOPs of a step; again: how many more with activation_checkpointing."""
+def print_days(tokens: int, work: dict[str, float]) -> None:
+    """How long a run takes. work: {activation_checkpointing: FLOPs of a step}."""
     steps, what = (train.max_steps, "the run") if train.max_steps else (1e9 / tokens, "a run of 1B tokens")
     print(
         f"\n{what}: {steps:,.0f} steps, {steps * tokens / 1e9:.2f}B tokens, at {peak_tflops:g} TFLOP/s each"
     )
     print("  MFU  activation_checkpointing   tokens/s    days   GPU-hours")
     for fraction in mfu:
-        for checkpointing, work in ((False, total), (True, total + again)):
-            seconds = work / (gpus * peak_tflops * 1e12 * fraction)  # of a step
+        for recompute, flops in work.items():
+            seconds = flops / (gpus * peak_tflops * 1e12 * fraction)  # of a step
             hours = steps * seconds / 3600
             speed = f"{tokens / seconds:10,.0f}{hours / 24:8.1f}{hours * gpus:12,.0f}"
-            print(f"  {fraction:.0%}  {checkpointing!s:25}{speed}")
+            print(f"  {fraction:.0%}  {recompute:25}{speed}")
 
 
 def main() -> None:
@@ -325,16 +328,18 @@ def main() -> None:
 
     with patch.object(train, "WORLD_SIZE", gpus):
         parts = count_flops()
-        # Checkpointing runs the student's layers again, but for what nothing in their backward needs.
-        again = sum(count_flops(recompute=True).values()) - sum(parts.values())
+        # Checkpointing runs layers again, but for what nothing in their backward needs.
+        work = {recompute: sum(count_flops(recompute).values()) for recompute in RECOMPUTE[clone]}
     muon = muon_flops(model, gpus // train.replicas)
     if muon:
         parts["Muon"] = gpus * muon
-    total = sum(parts.values())
+    work = {recompute: flops + gpus * muon for recompute, flops in work.items()}
     print(f"\nGFLOP a token, of {tokens:,} tokens a step on {gpus} {'GPUs' if gpu else 'processes'}")
-    for name, value in (parts | {"all": total, "student again": again}).items():
-        note = "  (besides, with activation_checkpointing)" if name == "student again" else ""
-        print(f"  {name:20}{value / tokens / 1e9:8.2f}{note}")
+    for name, value in (parts | {"all": work["none"]}).items():
+        print(f"  {name:20}{value / tokens / 1e9:8.2f}")
+    for recompute, flops in [*work.items()][1:]:
+        more = (flops - work["none"]) / tokens / 1e9
+        print(f"  {recompute + ' again':20}{more:8.2f}  (besides, with activation_checkpointing={recompute})")
     if muon and gpu:
         rate = product_rate * peak_tflops
         print(
@@ -346,13 +351,13 @@ def main() -> None:
     print(f"\none of them, with {batch} a step (fits: with {reserve_gib:g} GiB of reserve)")
     print(f"  parallel  activation_checkpointing  peak GiB  sent, GiB a step  fits {memory_gib:g} GiB")
     for parallel in ("ddp", "fsdp") if gpus > 1 else ("ddp",):
-        for checkpointing in (False, True):
-            peak, sent = (number / 2**30 for number in measure(gpus, parallel, checkpointing, gpu))
+        for recompute in work:
+            peak, sent = (number / 2**30 for number in measure(gpus, parallel, recompute, gpu))
             fits = "yes" if peak + reserve_gib <= memory_gib else "no"
-            print(f"  {parallel:10}{checkpointing!s:24}{peak:10.2f}{sent:18.2f}  {fits}", flush=True)
+            print(f"  {parallel:10}{recompute:24}{peak:10.2f}{sent:18.2f}  {fits}", flush=True)
 
     if gpu:
-        print_days(tokens, total, again)
+        print_days(tokens, work)
     used = train.peak_memory_gib(torch.device("cpu"))
     print(f"\nplanned in {time.process_time():.0f} s of CPU time and {used:.1f} GiB")
 
