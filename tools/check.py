@@ -449,7 +449,7 @@ def fsdp_cpu_time() -> str:
             return 1000 * (time.process_time() - start)
 
     try:
-        for attempt in range(1, 4):
+        for attempt in range(1, 4):  # noqa: B007 (the line below says how many it took)
             times = [[cpu_time(parallel, number) for parallel in ("ddp", "fsdp")] for number in range(20)]
             plain, sharded = (statistics.median(column) for column in zip(*times, strict=True))
             if sharded / plain <= FSDP_BOUND:
