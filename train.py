@@ -994,9 +994,6 @@ def check_options() -> None:
         raise ValueError(
             "student_hidden_size is None: choose one, by tools/plan.py --target_params=SIZE for instance"
         )
-    if init_from is not None and not Path(init_from).exists():
-        make = " ".join(["python tools/compress.py", *sys.argv[1:]])
-        raise ValueError(f"init_from is {init_from}, which does not exist; a start in closed form: {make}")
     if eval_only and init_from is None:
         raise ValueError("eval_only evaluates the model of init_from, which is None: name its directory")
     if WORLD_SIZE % replicas or (replicas > 1 and parallel == "ddp"):
@@ -1009,6 +1006,9 @@ def check_options() -> None:
 
 def main() -> None:
     check_options()
+    if init_from is not None and not Path(init_from).exists():
+        make = " ".join(["python tools/compress.py", *sys.argv[1:]])
+        raise ValueError(f"init_from is {init_from}, which does not exist; a start in closed form: {make}")
     device = start_device()
     if mask_documents and device.type == "cuda" and dtype_on(device) == torch.float32:
         raise ValueError("mask_documents on a GPU needs dtype bfloat16: its attention has no float32")

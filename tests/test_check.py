@@ -118,7 +118,7 @@ def test_a_rank_that_computes_something_else_is_a_line(tmp_path, monkeypatch, ca
 
 def test_a_run_that_fails_is_a_line_with_its_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(check, "device", "cpu")
-    with pytest.raises(check.Failed, match="exit code 1: error: models/none is not a directory"):
+    with pytest.raises(check.Failed, match="exit code 2: error: models/none is not a directory"):
         check.launch(1, "--teacher=models/none", f"--out_dir={tmp_path}")
 
 
