@@ -246,7 +246,8 @@ def main() -> None:
     if isinstance(llama, LowRankClone):
         llama = llama.merge()
     llama.dtype = getattr(torch, dtype or ("bfloat16" if device_used.type == "cuda" else "float32"))
-    llama = llama.to(device_used, llama.dtype)
+    # Frozen: what trains is copied each time that it is used.
+    llama = llama.to(device_used, llama.dtype).requires_grad_(False)
     if compile:
         llama.run_block = torch.compile(llama.run_block, dynamic=True)
     bos, eos = special_ids(tokens, directory)

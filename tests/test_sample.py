@@ -75,9 +75,9 @@ def test_decoding_in_bfloat16_and_compiled():
 def test_a_step_allocates_no_cache_and_casts_no_weight(monkeypatch):
     llama = random_llama(family="qwen2")
     casts = []
-    weights = models.Layer.weights
+    weights = models.Layer.forward
     monkeypatch.setattr(
-        models.Layer, "weights", lambda layer, dtype: casts.append(1) or weights(layer, dtype)
+        models.Layer, "forward", lambda layer, dtype: casts.append(1) or weights(layer, dtype)
     )
     steps = generate(llama, prompts(4, 6), 10)
     next(steps)
