@@ -464,8 +464,9 @@ class Muon:
             gradients = [torch.where(skips, *pair) for pair in zip(buffers, gradients, strict=True)]
             torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
             updates = torch._foreach_lerp(gradients, buffers, self.momentum)
-            decay = torch.where(skips, 1.0, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_mul_([own_shard(p) for p in parameters], decay)
+            if group["weight_decay"]:
+                decay = torch.where(skips, 1.0, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_mul_([own_shard(p) for p in parameters], decay)
 
             by_shape = {}
             for p, update in zip(parameters, updates, strict=True):
@@ -502,7 +503,9 @@ def orthogonalise_together(stack: torch.Tensor, p: torch.Tensor) -> torch.Tensor
         mine = orthogonalise(stack[RANK * share :][:share])
         mine = F.pad(mine, (0, 0, 0, 0, 0, share - len(mine)))
         every = stack.new_empty(processes * share, rows_here, columns)
-        dist.all_gather_into_tensor(every, mine, group)
+        # torch 2.13 gave it the shorter name.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(every, mine, group)
         return every[:count]
     # As FSDP cuts a matrix, the last shards can have fewer rows: all are filled up to the first one's.
     rows = -(-p.shape[0] // processes)
