@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configurator import FIRST, fail, read_json, write_json
-from model import Llama, LossConfig, LowRankClone, ModelConfig, StudentConfig, is_free, start_from_clone
+from model import Llama, ModelConfig, Student, StudentConfig, start_from_clone, student_shape
 
 # Our name of each weight of a layer -> its name in a Hugging Face checkpoint, under "model.layers.{i}."
 LAYER_NAMES = {
@@ -69,7 +69,17 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
 }
+# What transformers takes for a field that a family's config.json leaves out, where it is not what it takes
+# for the others.
+BIASES_OF_ALL = ("llama", "qwen3", "smollm3")  # families whose attention_bias is o's too
+DEFAULTS = {
+    "qwen3": {"head_dim": 128},
+    "smollm3": {
+        "num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True, "no_rope_layer_interval": 4
+    },
+}  # fmt: skip
 # Fields of config.json that this code does not compute: the values that leave them without effect, and what a
 # user is told. A field that is absent is all right.
 ALLOWED = {
@@ -102,6 +112,7 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
     family = hf.get("model_type")
     if family not in ARCHITECTURES:
         refuse("model_type", family, " | ".join(ARCHITECTURES))
+    hf = DEFAULTS.get(family, {}) | hf
     for field, (values, allowed) in ALLOWED.items():
         if field in hf and hf[field] not in values:
             refuse(field, hf[field], allowed)
@@ -131,7 +142,12 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
 
     heads = hf["num_attention_heads"]
     key_value_heads = hf.get("num_key_value_heads") or heads
-    head_dim = hf.get("head_dim") or (128 if family == "qwen3" else hf["hidden_size"] // heads)
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
+    no_rope_layers = None
+    if family == "smollm3":
+        interval = hf["no_rope_layer_interval"]
+        every = [int(i % interval != 0) for i in range(1, hf["num_hidden_layers"] + 1)]
+        no_rope_layers = tuple(hf.get("no_rope_layers") or every)
     biased = bool(hf.get("attention_bias", False))
     if heads % key_value_heads:
         refuse("num_key_value_heads", key_value_heads, f"a divisor of num_attention_heads {heads}")
@@ -147,8 +163,9 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
         rope_scaling=None if rope_type == "default" else {"rope_type": rope_type, **rope},
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
         qkv_bias=family == "qwen2" or (family != "mistral" and biased),
-        o_bias=family in ("llama", "qwen3") and biased,
+        o_bias=family in BIASES_OF_ALL and biased,
         qk_norm=family == "qwen3",
+        no_rope_layers=no_rope_layers,
         max_position_embeddings=hf.get("max_position_embeddings", 2048),
         bos_token_id=hf.get("bos_token_id"),
         eos_token_id=hf.get("eos_token_id"),
@@ -178,9 +195,11 @@ def to_hf(config: ModelConfig, weights_dtype: torch.dtype) -> dict:
     own = dataclasses.asdict(config)
     for field in ("qkv_bias", "o_bias", "qk_norm", "hf"):
         del own[field]
+    if config.no_rope_layers is None:
+        del own["no_rope_layers"]
     hf |= own
     hf |= {"architectures": [ARCHITECTURES[config.model_type]], "hidden_act": "silu"}
-    if config.model_type in ("llama", "qwen3"):
+    if config.model_type in BIASES_OF_ALL:
         hf["attention_bias"] = config.o_bias
     return hf | {"torch_dtype": str(weights_dtype).removeprefix("torch.")}
 
@@ -315,7 +334,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
     expected = {name: shape for name, (_, shape) in names.items()}
     tensors = read_tensors(files, expected, ignored, dtype)
     with torch.device("meta"):
-        model = Llama(config, dtype)
+        model = Llama(config)
     state = {names[name][0]: tensor for name, tensor in tensors.items()}
     model.load_state_dict(state, strict=True, assign=True)
     return model
@@ -329,20 +348,18 @@ TOKENIZER_FILES = (
 
 
 def save_model(
-    model: Llama, path: Path, dtype: torch.dtype, tokenizer: str | Path | None, max_shard_bytes=5 * 10**9,
-    state: dict[str, Tensor] | None = None, turn_ends: tuple[int, ...] = (),
+    config: ModelConfig, state: dict[str, Tensor], path: Path, dtype: torch.dtype,
+    tokenizer: str | Path | None, max_shard_bytes=5 * 10**9, turn_ends: tuple[int, ...] = (),
 ):  # fmt: skip
     """Writes a Hugging Face directory for transformers 4 and 5, with `tokenizer`'s files.
 
-    state: the model's state_dict, whole, where its own is sharded. turn_ends: tokens that end a reply, at
-    which generate() is to stop too.
+    state: Llama's state_dict. turn_ends: tokens that end a reply, at which generate() is to stop too.
     """
     path.mkdir(parents=True, exist_ok=True)
-    write_json(path / "config.json", to_hf(model.config, dtype))
-    state = model.state_dict() if state is None else state
+    write_json(path / "config.json", to_hf(config, dtype))
     shards = [{}]
     size = 0
-    for name, (ours, _) in weight_names(model.config).items():
+    for name, (ours, _) in weight_names(config).items():
         tensor = state[ours].to(dtype).contiguous()
         if shards[-1] and size + tensor.nbytes > max_shard_bytes:
             shards.append({})
@@ -359,12 +376,12 @@ def save_model(
     for file, shard in zip(files, shards, strict=True):
         write_tensors(shard, path / file)
 
-    generation = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     source = Path(tokenizer) if tokenizer else path
     if (source / "generation_config.json").is_file():
         generation = read_json(source / "generation_config.json")
     if turn_ends:
-        ends = eos_ids(generation.get("eos_token_id")) | eos_ids(model.config.eos_token_id)
+        ends = eos_ids(generation.get("eos_token_id")) | eos_ids(config.eos_token_id)
         generation["eos_token_id"] = sorted(ends.union(turn_ends))
     write_json(path / "generation_config.json", generation)
     for file in (file for name in TOKENIZER_FILES for file in source.glob(name) if source != path):
@@ -419,15 +436,15 @@ def fingerprint(model: Llama) -> str:
 
 
 def save_clone(
-    clone: LowRankClone, path: Path, teacher: str, tokenizer: str, tensors=None, teacher_fingerprint=None
+    clone: Student, path: Path, teacher: str, tokenizer: str, tensors=None, teacher_fingerprint=None
 ) -> None:
     """Writes the clone's own tensors, and in config.json everything else needed to rebuild it.
 
-    tensors, teacher_fingerprint: clone.own_state() and the teacher's fingerprint, where the clone is sharded.
+    tensors: clone.trained.state_dict(), whole, where the clone is sharded.
     """
     path.mkdir(parents=True, exist_ok=True)
-    tensors = clone.own_state() if tensors is None else tensors
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    tensors = clone.trained.state_dict() if tensors is None else tensors
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     config = {
         "model_type": "low_rank_clone",
         "teacher": teacher,
@@ -462,6 +479,8 @@ def clone_directories(path: Path, teacher: str | None = None) -> tuple[str, str 
 def read_student_config(path: Path) -> StudentConfig:
     """What the clone of a checkpoint is."""
     saved = read_json(path / "config.json")["clone"]
+    if saved.get("train") == "both":
+        raise ValueError(f"{path} is of train=both, which only commit fb1e02b and those before it can read")
     names = [field.name for field in dataclasses.fields(StudentConfig) if field.name in saved]
     student = StudentConfig(**{name: saved[name] for name in names})
     if student.student_layers is not None:
@@ -475,23 +494,18 @@ def refuse_another_teacher(path: Path, teacher: Llama, name: str) -> None:
         raise ValueError(f"{path}: {name} is not the teacher it was trained with (the weights differ)")
 
 
-def load_clone(
-    path: str | Path, dtype=torch.float32, teacher: str | None = None, losses: LossConfig | None = None
-) -> LowRankClone:
-    """A clone from its checkpoint; teacher: where its directory is now. Refuses another teacher.
-
-    losses: how it is trained, where its loss is to be computed.
-    """
+def load_clone(path: str | Path, dtype=torch.float32, teacher: str | None = None) -> Student:
+    """A clone from its checkpoint; teacher: where its directory is now. Refuses another teacher."""
     path = Path(path)
+    student = read_student_config(path)
     teacher, _ = clone_directories(path, teacher)
     model = load_model(teacher, dtype)
     refuse_another_teacher(path, model, teacher)
     with torch.device("meta"):
-        clone = LowRankClone(model, read_student_config(path), losses)
-    expected = {name: tuple(tensor.shape) for name, tensor in clone.own_state().items()}
+        clone = Student(student_shape(model.config, student), model, student)
+    expected = {name: tuple(tensor.shape) for name, tensor in clone.trained.state_dict().items()}
     tensors = read_tensors([path / "model.safetensors"], expected)
-    frozen = {f"teacher.{name}": weight for name, weight in model.state_dict().items()}
-    clone.load_state_dict(tensors | frozen, assign=True)
+    clone.trained.load_state_dict(tensors, assign=True)
     return clone
 
 
@@ -502,7 +516,7 @@ def is_clone(path: Path) -> bool:
     return read_json(path / "config.json").get("model_type") == "low_rank_clone"
 
 
-def load_checkpoint(path: Path, teacher: str | None = None) -> Llama | LowRankClone:
+def load_checkpoint(path: Path, teacher: str | None = None) -> Llama | Student:
     """The model of a clone's checkpoint or of a Hugging Face directory."""
     return load_clone(path, teacher=teacher) if is_clone(path) else load_model(path)
 
@@ -523,79 +537,74 @@ def has_projections(path: Path) -> bool:
 
 
 def save_weights(
-    model: Llama | LowRankClone, path: Path, tensors: dict[str, Tensor], tokenizer: str | None,
-    teacher: str | None, teacher_fingerprint: str | None, turn_ends: tuple[int, ...] = (),
+    model: Student, path: Path, tensors: dict[str, Tensor], tokenizer: str | None, teacher: str | None,
+    teacher_fingerprint: str | None, turn_ends: tuple[int, ...] = (),
 ) -> None:  # fmt: skip
-    """Writes the weights of a run's checkpoint, tensors: the model's own, whole. turn_ends: see save_model.
+    """Writes the weights of a run's checkpoint; tensors: model.trained.state_dict(), whole. turn_ends: see
+    save_model.
 
-    A plain model and a student of free weights are Hugging Face directories. What clone losses compare the
-    latter by (projections, and which neurons are kept) is in a file of its own.
+    A student with weights of its own is a Hugging Face directory. What clone losses compare it by
+    (projections, and which neurons are kept) is in a file of its own.
     """
-    if isinstance(model, LowRankClone) and model.composes:
+    if model.composes:
         save_clone(model, path, teacher, tokenizer, tensors, teacher_fingerprint)
         return
-    names = {name: name for name in tensors}
-    if isinstance(model, LowRankClone):
-        names = model.names_in_plain_model()
-    state = {theirs: tensors[ours] for theirs, ours in names.items()}
-    save_model(model, path, torch.float32, tokenizer, state=state, turn_ends=turn_ends)
-    others = {name: tensor for name, tensor in tensors.items() if name not in names.values()}
+    save_model(model.config, tensors, path, torch.float32, tokenizer, turn_ends=turn_ends)
+    plain = [name for name, _ in weight_names(model.config).values()]
+    others = {name: tensor for name, tensor in tensors.items() if name not in plain}
     if others:
         write_tensors(others, path / PROJECTIONS_FILE)
 
 
-def refuse_another_clone(path: Path, model: LowRankClone) -> None:
+@torch.no_grad()
+def load_weights(path: Path, model: Student) -> None:
+    """Sets what trains from a checkpoint or Hugging Face directory that must fit it exactly."""
+    if is_clone(path) and not model.teacher:
+        raise ValueError(f"{path} is a clone; this run trains a plain model")
+    if not is_clone(path) and model.composes:
+        raise ValueError(f"{path} is a plain model; this run trains a clone (train=projections)")
+    own = model.trained.state_dict()
+
+    # A clone's checkpoint, for a clone or for a student that goes on with weights of its own.
+    if is_clone(path):
+        start = load_clone(path) if not model.composes else None
+        refuse_another_clone(path, model)
+        if start and start.config != model.config:
+            raise ValueError(f"{path} is a student of another shape than these options say")
+        if start:
+            start_from_clone(model, start)
+            return
+        expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        for name, tensor in read_tensors(weight_files(path), expected).items():
+            own[name].copy_(tensor)
+        return
+
+    # A plain model, and what clone losses compare it by.
+    names = weight_names(model.config)
+    ignored = (MODEL_NAMES["head"],) if model.config.tie_word_embeddings else ()
+    expected = {theirs: shape for theirs, (_, shape) in names.items()}
+    tensors = read_tensors(weight_files(path), expected, ignored)
+    tensors = {names[theirs][0]: tensor for theirs, tensor in tensors.items()}
+    others = {name: tuple(tensor.shape) for name, tensor in own.items() if name not in tensors}
+    if has_projections(path) and others:
+        tensors |= read_tensors([path / PROJECTIONS_FILE], others)
+    elif others:
+        # Of a student as wide as its teacher: the two streams are compared as they are.
+        tensors |= {name: torch.eye(*shape) for name, shape in others.items()}
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
+def refuse_another_clone(path: Path, model: Student) -> None:
     """ValueError where a clone's checkpoint is of another teacher or of other layers than the model."""
-    refuse_another_teacher(path, model.teacher, "this run's")
     saved = read_student_config(path)
+    refuse_another_teacher(path, model.teacher, "this run's")
     layers = saved.student_layers or tuple(range(len(model.teacher.layers)))
-    if (layers, saved.student_rms_norm_eps) != (model.kept, model.config.rms_norm_eps):
+    if (layers, saved.student_rms_norm_eps) != (model.trained.kept, model.config.rms_norm_eps):
         raise ValueError(
             f"{path} has the teacher's layers {layers} and a norm eps of {saved.student_rms_norm_eps}, not "
-            f"{model.kept} and {model.config.rms_norm_eps}"
+            f"{model.trained.kept} and {model.config.rms_norm_eps}"
         )
-
-
-@torch.no_grad()
-def load_weights(path: Path, model: Llama | LowRankClone) -> None:
-    """Sets a model's own weights from a checkpoint or Hugging Face directory that must fit it exactly."""
-    clone = isinstance(model, LowRankClone)
-    if is_clone(path) and clone and not model.composes:
-        start = load_clone(path)
-        if (start.kept, start.config) != (model.kept, model.config):
-            raise ValueError(
-                f"{path} is a student of another shape or of other layers than these options say"
-            )
-        start_from_clone(model, start)
-        return
-    if is_clone(path) != (clone and model.composes):
-        saved = "a clone" if is_clone(path) else "a plain model"
-        wanted = f"a clone (train={model.student_config.train})" if clone else "a plain model"
-        raise ValueError(f"{path} is {saved}; this run trains {wanted}")
-    if is_clone(path):
-        refuse_another_clone(path, model)
-    own = dict(model.own_state() if clone else model.named_parameters())
-    files = weight_files(path)
-    if is_clone(path):
-        # Free weights that are new in this run start at zero.
-        found = tensor_slices(files)
-        names = {name: name for name in own if name in found or not is_free(name)}
-    else:
-        plain = model.names_in_plain_model() if clone else {name: name for name in own}
-        names = {theirs: plain[ours] for theirs, (ours, _) in weight_names(model.config).items()}
-    expected = {theirs: tuple(own[ours].shape) for theirs, ours in names.items()}
-    ignored = () if MODEL_NAMES["head"] in names else (MODEL_NAMES["head"],)
-    tensors = read_tensors(files, expected, ignored)
-    others = [name for name in own if not is_clone(path) and name not in names.values()]
-    if others and has_projections(path):
-        shapes = {name: tuple(own[name].shape) for name in others}
-        tensors |= read_tensors([path / PROJECTIONS_FILE], shapes)
-    elif others:  # of a student as wide as its teacher: the two streams are compared as they are
-        if any(own[name].dim() != 2 or own[name].shape[0] != own[name].shape[1] for name in others):
-            raise ValueError(f"{path} lacks {others[0]} and the like, by which clone losses compare it")
-        tensors |= {name: torch.eye(len(own[name])) for name in others}
-    for theirs, tensor in tensors.items():
-        own[names.get(theirs, theirs)].copy_(tensor)
 
 
 def checkpoints(out_dir: str | Path) -> list[Path]:
@@ -638,8 +647,8 @@ def as_llama(student: Llama) -> Llama:
     config = student.config
     size = config.hidden_size
     heads = config.num_attention_heads
-    if config.qk_norm:
-        raise ValueError(f"arch is llama; a {config.model_type} normalises q and k, which no Llama does")
+    if config.qk_norm or config.no_rope_layers:
+        raise ValueError(f"arch is llama; a {config.model_type} has layers that no Llama has")
     if size % heads:
         raise ValueError(f"arch is llama; its hidden_size, {size}, must be a multiple of its {heads} heads")
     with torch.device("meta"):
@@ -768,8 +777,8 @@ def main() -> None:
     its_teacher = clone_directories(source, teacher)[0] if is_clone(source) else None
     original = load_checkpoint(source, teacher)
     ids = torch.randint(original.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
-    expected = original.logits(ids)
-    student = original.merge() if isinstance(original, LowRankClone) else original
+    student = original.merge() if isinstance(original, Student) else original
+    expected = student(ids)
     del original
     if arch == "llama":
         student = as_llama(student)
@@ -777,11 +786,11 @@ def main() -> None:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     stored = getattr(torch, dtype)
-    save_model(student, partial, stored, tokenizer, max_shard_gb * 10**9)
+    save_model(student.config, student.state_dict(), partial, stored, tokenizer, max_shard_gb * 10**9)
 
     # Exact but for the rounding to `dtype`, which has a limit of its own.
-    rounded = student.to(stored).to(torch.float32).logits(ids)
-    written = load_model(partial).logits(ids)
+    rounded = student.to(stored).to(torch.float32)(ids)
+    written = load_model(partial)(ids)
     exact = largest_difference(rounded, written)
     against = f"{source}'s"
     theirs = transformers_logits(partial, ids[:1])

@@ -1,19 +1,19 @@
-"""Mathematics: the Llama family and its low-rank clone, as functions of their weights.
+"""Mathematics: the Llama family and its low-rank clone.
 
     teacher = convert.load_model("models/Llama-3.2-3B-Instruct")     # a Hugging Face directory -> Llama
-    clone = LowRankClone(teacher, student_config, loss_config)       # trains projections and norms, or more
-    weights = clone(clone.dtype)                                     # the student's, once a step
-    losses = clone.loss(ids, labels, weights)                        # {"loss", "lm", "kl", "clone", "terms"}
-    student = clone.merge()                                          # an ordinary, smaller Llama
+    student = Student(shape, teacher, student_config, loss_config)   # what trains, beside its frozen teacher
+    made = student.make()                                            # its weights, once a step
+    losses = student.loss(ids, labels, made)                         # {"loss", "lm", "kl", "clone", "terms"}
+    llama = student.merge()                                          # an ordinary, smaller Llama
 
 Method: Low-Rank Clone, arXiv 2505.12781. The student has the teacher's layers, heads and FFN width but a
 narrower residual stream, d_S < d_T. With y = x W^T and projections P [d_T, d_S], its weights are W P where a
 weight reads the stream (q, k, v, gate, up, embedding, head) and P^T W where it writes to it (o, down). Past
-the paper it may have free weights beside these or in their place, and fewer layers and neurons.
+the paper it may have weights of its own in their place, and fewer layers and neurons.
 
 In reading order: the shape of a model, one layer (`block`), a plain model, the loss of a chunk of tokens, the
-clone losses, the student, how it starts. Shapes: B batch, T tokens, D hidden_size, H heads, G key/value
-heads, F intermediate_size, V vocabulary.
+clone losses, what trains (`StudentWeights`), the step's loss (`Student`), how it starts. Shapes: B batch,
+T tokens, D hidden_size, H heads, G key/value heads, F intermediate_size, V vocabulary.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import functools
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ class ModelConfig:
     qkv_bias: bool
     o_bias: bool
     qk_norm: bool
+    no_rope_layers: tuple[int, ...] | None  # 1 where a layer has rotary embeddings; None: all have
     max_position_embeddings: int
     bos_token_id: int | None
     eos_token_id: int | list | None
@@ -78,15 +79,16 @@ class ModelConfig:
 # ---- one layer, as a function of its weights
 
 
-def block(x: Tensor, w: dict[str, Tensor], config: ModelConfig, rope, mask=None, cache=None):
+def block(x: Tensor, w: dict[str, Tensor], config: ModelConfig, context: tuple, cache=None):
     """One Llama layer, x [B, T, D] -> (x [B, T, D], activations): the one definition of a layer, for the
     teacher, the composed student, the merged student and cached decoding.
 
-    w: the layer's weights by the names of layer_shapes. rope: rope_table's. mask: see attention.
+    w: the layer's weights by the names of layer_shapes. context: (rope, mask) of layer_contexts.
     cache: (keys [B, G, L, head_dim], values, start); this call writes positions start .. start + T and
     attends to all before. activations: q, k, v, gate, up before RoPE and nonlinearity; attn_out and mlp_out
     as added to the stream; attended [B, T, H·head_dim], which o reads; attn_in and mlp_in, the normed inputs.
     """
+    rope, mask = context
     a = {"attn_in": rms_norm(x, w["input_norm"], config.rms_norm_eps)}
     for name in ("q", "k", "v"):
         a[name] = F.linear(a["attn_in"], w[name], w.get(f"{name}_bias"))
@@ -95,8 +97,9 @@ def block(x: Tensor, w: dict[str, Tensor], config: ModelConfig, rope, mask=None,
     if config.qk_norm:
         q = rms_norm(q, w["q_norm"], config.rms_norm_eps)
         k = rms_norm(k, w["k_norm"], config.rms_norm_eps)
-    q = rotate(q, rope)
-    k = rotate(k, rope)
+    if rope is not None:
+        q = rotate(q, rope)
+        k = rotate(k, rope)
     if cache is not None:
         keys, values, start = cache
         end = start + q.shape[2]
@@ -119,6 +122,16 @@ def block(x: Tensor, w: dict[str, Tensor], config: ModelConfig, rope, mask=None,
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension, float32 inside whatever x's dtype."""
     return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+
+
+def layer_contexts(config: ModelConfig, positions: Tensor, mask=None) -> list[tuple]:
+    """(rope, mask) of every layer, for `block`: the one place that knows what differs by layer.
+
+    positions: of the tokens, as rope_table takes them. mask: see attention. rope is None in layers without.
+    """
+    rope = rope_table(config, positions)
+    has_rope = config.no_rope_layers or [1] * config.num_hidden_layers
+    return [(rope if has else None, mask) for has in has_rope]
 
 
 def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,114 +253,60 @@ gated_linear = GatedLinear.apply
 # ---- a plain model
 
 
-def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight to compute with. What trains is copied, also where it has the dtype: FSDP frees a parameter
-    that it has gathered as soon as the module's forward() ends."""
-    return weight.to(dtype, copy=weight.requires_grad)
-
-
-class Layer(nn.Module):
-    """The weights of one layer, by the names of layer_shapes."""
+class Llama(nn.Module):
+    """A Llama, Mistral, Qwen2, Qwen3 or SmolLM3 LM. It computes in the dtype of its weights."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        for name, shape in config.layer_shapes().items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self.config = config
+        self.run_block = block  # sample.py may compile it
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.layers = nn.ModuleList()
+        for _ in range(config.num_hidden_layers):
+            shapes = config.layer_shapes()
+            self.layers.append(nn.ParameterDict({name: torch.empty(shapes[name]) for name in shapes}))
+        self.norm = nn.Parameter(torch.empty(config.hidden_size))
+        self.head = None if config.tie_word_embeddings else nn.Parameter(torch.empty_like(self.embedding))
 
-    def forward(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {name: in_dtype(weight, dtype) for name, weight in self.named_parameters()}
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
 
+    def weights(self) -> dict:
+        """{"layers": [{name: weight}], "embedding", "norm", and "head" where it is not the embedding}."""
+        layers = [dict(layer.items()) for layer in self.layers]
+        weights = {"layers": layers, "embedding": self.embedding, "norm": self.norm}
+        return weights if self.head is None else weights | {"head": self.head}
 
-def walk(weights: dict, ids: Tensor, config: ModelConfig, rope=None, mask=None, caches=None, layer=block):
-    """The one walk over a plain model: yields (x [B, T, D], activations) of the embedding, which has none,
-    and of every layer. ids [B, T]. caches: one (keys, values, start) a layer. layer: block or it compiled."""
-    if rope is None:
-        rope = rope_table(config, torch.arange(ids.shape[1], device=ids.device))
-    x = F.embedding(ids, weights["embedding"])
-    yield x, {}
-    for i, layer_weights in enumerate(weights["layers"]):
-        x, activations = layer(x, layer_weights, config, rope, mask, caches[i] if caches else None)
-        yield x, activations
-
-
-def hidden_states(weights: dict, ids: Tensor, config: ModelConfig, **options) -> Tensor:
-    """Final normed hidden states [B, T, D] of ids [B, T]; options: see walk."""
-    for x, _ in walk(weights, ids, config, **options):  # noqa: B007 (the last is what counts)
-        pass
-    return rms_norm(x, weights["norm"], config.rms_norm_eps)
+    def forward(self, ids: Tensor, **options) -> Tensor:
+        """ids [B, T] -> logits [B, T, V], float32; options: see hidden_states."""
+        weights = self.weights()
+        options = {"layer": self.run_block} | options
+        return F.linear(hidden_states(weights, ids, self.config, **options), head_of(weights)).float()
 
 
 def head_of(weights: dict) -> Tensor:
     return weights["head"] if "head" in weights else weights["embedding"]
 
 
-class Llama(nn.Module):
-    """A Llama, Mistral, Qwen2 or Qwen3 LM that computes in `dtype`; its weights may be wider."""
+def hidden_states(
+    weights: dict, ids: Tensor, config: ModelConfig, contexts=None, caches=None, layer=block, look=None
+) -> Tensor:
+    """Final normed hidden states [B, T, D] of ids [B, T] by a plain model's weights, see Llama.weights.
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
-        super().__init__()
-        self.config = config
-        self.dtype = dtype
-        self.run_block = block  # train.py may compile it
-        self.chunk_loss = chunk_loss  # and this
-        self.recompute = "none"  # else: keep only the layers' inputs, and run each again in backward
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.Parameter(torch.empty(config.hidden_size))
-        self.head = None if config.tie_word_embeddings else nn.Parameter(torch.empty_like(self.embedding))
-
-    def init_weights(self, seed: int, std: float = 0.02) -> "Llama":
-        """N(0, std), as transformers initialises these families; ones for norms, zeros for biases."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, weight in self.named_parameters():
-            if name.endswith("norm"):
-                nn.init.ones_(weight)
-            elif name.endswith("bias"):
-                nn.init.zeros_(weight)
-            else:
-                weight.data.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
-        return self
-
-    def head_weight(self) -> Tensor:
-        return (self.embedding if self.head is None else self.head).to(self.dtype)
-
-    def forward(self, dtype: torch.dtype) -> dict:
-        """The weights to compute with: {"layers": [{name: weight}], "embedding", "norm", and "head" where it
-        is not the embedding}. A model's forward, since DDP and FSDP synchronise what is made in it."""
-        weights = {"layers": [layer(dtype) for layer in self.layers]}
-        weights |= {"embedding": in_dtype(self.embedding, dtype), "norm": in_dtype(self.norm, dtype)}
-        if self.head is not None:
-            weights["head"] = in_dtype(self.head, dtype)
-        return weights
-
-    def logits(self, ids: Tensor, **options) -> Tensor:
-        """ids [B, T] -> logits [B, T, V], float32; options: see walk."""
-        weights = self(self.dtype)
-        return (hidden_states(weights, ids, self.config, **options) @ head_of(weights).T).float()
-
-    def loss(
-        self, ids, labels, weights=None, num_labels=None, share=1.0, documents=None
-    ) -> dict[str, Tensor]:
-        """The next-token loss of ids [B, T] against labels [B, T], already shifted (-100: no label).
-
-        weights: forward()'s result, where several batches share it. num_labels, share: see head_loss.
-        documents: document_layout's result, where the documents of a block do not see each other.
-        """
-        weights = weights or self(self.dtype)
-        positions, mask = positions_and_mask(ids, documents)
-        rope = rope_table(self.config, positions)
-        layer = self.run_block
-        if self.recompute != "none":
-            layer = functools.partial(checkpoint, layer, use_reentrant=False)
-        x = hidden_states(weights, ids, self.config, rope=rope, mask=mask, layer=layer)
-        return head_loss(
-            x, head_of(weights), labels, num_labels=num_labels, share=share, loss_function=self.chunk_loss
-        )
-
-
-def positions_and_mask(ids: Tensor, documents) -> tuple:
-    """Of ids [B, T]: document_layout's result, or where documents is None one document from 0 on."""
-    return documents or (torch.arange(ids.shape[1], device=ids.device), None)
+    contexts: layer_contexts', where the tokens are not one document from its start on. caches: one (keys,
+    values, start) a layer. layer: block, or it compiled. look: is called with (i, x, activations) of every
+    layer, x [B, T, D] what comes out of it; before them with i = -1 and the embedding, which has none.
+    """
+    contexts = contexts or layer_contexts(config, torch.arange(ids.shape[1], device=ids.device))
+    x = F.embedding(ids, weights["embedding"])
+    if look:
+        look(-1, x, {})
+    for i, layer_weights in enumerate(weights["layers"]):
+        x, activations = layer(x, layer_weights, config, contexts[i], caches[i] if caches else None)
+        if look:
+            look(i, x, activations)
+    return rms_norm(x, weights["norm"], config.rms_norm_eps)
 
 
 # ---- the loss of a chunk of tokens, and of all of them
@@ -357,8 +316,9 @@ def chunk_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, te
     """What each token of a chunk costs: logits [n, V], float32, and labels [n] -> {name: [n]}.
 
     "lm" is the cross entropy, 0 where the label is -100; "kl" is KL(teacher ‖ student) at the temperature;
-    "teacher_lm", only at temperature 1, the teacher's cross entropy; "agreement", in evaluations, 1 where
-    both have the same likeliest token. Any differentiable function may stand here: autograd has its gradient.
+    "teacher_lm", only at temperature 1, the teacher's cross entropy; "agreement", only under no_grad, which
+    is how an evaluation is told everywhere, 1 where both have the same likeliest token.
+    Any differentiable function may stand here: autograd has its gradient.
     """
     labelled = labels != -100
     label = labels.clamp(min=0)[:, None]
@@ -382,7 +342,7 @@ def chunk_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, te
     costs["kl"] = log_sum - teacher_log_sum - expected_difference
     if temperature == 1.0:
         costs["teacher_lm"] = cross_entropy(teacher_logits, teacher_log_sum)
-    if not logits.requires_grad:
+    if not torch.is_grad_enabled():
         costs["agreement"] = (logits.argmax(-1) == teacher_logits.argmax(-1)).float()
     return costs
 
@@ -502,8 +462,6 @@ def head_loss(
     token [B, T].
     """
     labels = labels.flatten()
-    if not torch.is_grad_enabled():
-        head = head.detach()  # else its gradient would be formed
     if num_labels is None:
         num_labels = (labels != -100).sum().clamp(min=1)
     tokens = labels.numel()
@@ -536,9 +494,10 @@ class StudentConfig:
     """What a student is, besides its teacher and its trained tensors; saved with it.
 
     share_qkv, share_gate_up: one projection for q, k, v (gate, up), whose clone losses become one loss on
-    their input (paper, Table 7). tie_head_projection: one projection for embedding and LM head. train: what
-    makes its weights, see StudentLayer. student_layers: the teacher's layers that it has, by index, or None
-    for all. student_intermediate_size: FFN neurons that it has of the teacher's, or None for all.
+    their input (paper, Table 7). tie_head_projection: one projection for embedding and LM head. train: its
+    weights are made by "projections", as in the paper, or its own ("weights"). student_layers: the teacher's
+    layers that it has, by index, or None for all. student_intermediate_size: FFN neurons that it has of the
+    teacher's, or None for all.
     """
 
     student_hidden_size: int
@@ -656,7 +615,7 @@ def mse(student: Tensor, teacher: Tensor, projection: Tensor | None = None) -> T
     return MeanSquaredError.apply(student, teacher, projection)
 
 
-# ---- the student
+# ---- what trains
 
 READS = ("q", "k", "v", "gate", "up")  # weights W of which a clone has W P
 WRITES = ("o", "down")  # weights W of which it has P^T W
@@ -690,6 +649,7 @@ def student_shape(teacher: ModelConfig, student: StudentConfig) -> ModelConfig:
         hidden_size=d_s,
         intermediate_size=f_s,
         num_hidden_layers=len(layers),
+        no_rope_layers=teacher.no_rope_layers and tuple(teacher.no_rope_layers[k] for k in layers),
         rms_norm_eps=student.student_rms_norm_eps,
         tie_word_embeddings=teacher.tie_word_embeddings and student.tie_head_projection,
     )
@@ -702,38 +662,43 @@ def spread_layers(count: int, layers: int) -> tuple[int, ...]:
     return tuple(round(i * (layers - 1) / (count - 1)) for i in range(count))
 
 
-class StudentLayer(nn.Module):
-    """What is trained of one layer of the student, and how its weights are made of that.
+def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight to compute with. What trains is copied, also where it has the dtype: FSDP frees a parameter
+    that it has gathered as soon as the module's forward() ends."""
+    return weight.to(dtype, copy=weight.requires_grad)
 
-    train="projections": W P and P^T W of the teacher's weights W, as in the paper. "both": these and a free
-    part R of the student's own shape, W P + R. "weights": free weights alone; then only the projections that
-    clone losses read are there. The norms [d_S] are always the student's own.
+
+class StudentLayer(nn.Module):
+    """What trains of one layer of the student; forward() makes the layer's weights of it.
+
+    With train="projections": projections P [d_T, d_S] and norms [d_S]; the weights are W P and P^T W of the
+    teacher's W. Else, also without a teacher: all weights, and of the projections those that clone losses
+    read.
     """
 
-    def __init__(self, d_t: int, config: ModelConfig, student: StudentConfig, losses: LossConfig | None):
+    def __init__(
+        self, config: ModelConfig, teacher_size: int, student: StudentConfig | None, losses: LossConfig | None
+    ):  # fmt: skip
         super().__init__()
-        shapes = config.layer_shapes()
-        self.composes = student.train != "weights"
+        self.composes = student is not None and student.train == "projections"
         self.compared = projections_compared(student, losses)
         self.parameter_of = {name: name for name in (*READS, *WRITES)}  # the projection of each weight
-        if student.share_qkv:
+        if student is not None and student.share_qkv:
             self.parameter_of |= dict.fromkeys(("q", "k", "v"), "qkv")
-        if student.share_gate_up:
+        if student is not None and student.share_gate_up:
             self.parameter_of |= dict.fromkeys(("gate", "up"), "gate_up")
         projected = (*READS, *WRITES) if self.composes else self.compared
         names = dict.fromkeys(self.parameter_of[name] for name in projected)
         self.projections = nn.ParameterDict(
-            {name: nn.Parameter(torch.empty(d_t, config.hidden_size)) for name in names}
+            {name: torch.empty(teacher_size, config.hidden_size) for name in names}
         )
-        free = {"projections": (), "both": (*READS, *WRITES)}.get(
-            student.train, [name for name in shapes if name not in ("input_norm", "post_norm")]
-        )
-        self.free = nn.ParameterDict({name: nn.Parameter(torch.zeros(shapes[name])) for name in free})
-        self.input_norm = nn.Parameter(torch.empty(config.hidden_size))
-        self.post_norm = nn.Parameter(torch.empty(config.hidden_size))
+        shapes = config.layer_shapes()
+        self.own = ("input_norm", "post_norm") if self.composes else tuple(shapes)
+        for name in self.own:
+            self.register_parameter(name, nn.Parameter(torch.empty(shapes[name])))
         # Which of the teacher's FFN neurons the student has, where it has not all.
         neurons = None
-        if student.student_intermediate_size is not None:
+        if student is not None and student.student_intermediate_size is not None:
             neurons = torch.arange(student.student_intermediate_size)
         self.register_buffer("neurons", neurons)
 
@@ -741,32 +706,26 @@ class StudentLayer(nn.Module):
         """The projection of a weight of READS or WRITES."""
         return self.projections[self.parameter_of[name]]
 
-    def forward(self, teacher: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The layer's weights, by the names of layer_shapes; besides, under "P_" and their names, the
-        projections that clone losses read, and "neurons". teacher: the weights of the teacher's layer, of
-        which they are made; {} where they are not."""
+    def forward(self, teacher: nn.ParameterDict | None, dtype: torch.dtype) -> tuple[dict, dict]:
+        """(the layer's weights by the names of layer_shapes, the projections that clone losses read by the
+        weights they project). teacher: the weights of its layer; not read where the student's are its own."""
         weights = {}
         if self.composes:
             p = {name: self.projection(name).to(dtype) for name in self.parameter_of}
-            teacher = keep_neurons(teacher, self.neurons)
+            w = {name: weight.to(dtype) for name, weight in teacher.items()}
+            w = keep_neurons(w, self.neurons)
             # Biases of q, k and v, and Qwen3's q and k norms, do not touch the stream.
-            weights = {name: teacher[name] for name in teacher if name[:2] in ("q_", "k_", "v_")}
-            weights |= {name: teacher[name] @ p[name] for name in READS}
-            weights |= {name: p[name].T @ teacher[name] for name in WRITES}
-            if "o_bias" in teacher:
-                weights["o_bias"] = teacher["o_bias"] @ p["o"]
-        for name, free in self.free.items():
-            free = in_dtype(free, dtype)
-            weights[name] = free + weights[name] if name in weights else free
-        weights["input_norm"] = in_dtype(self.input_norm, dtype)
-        weights["post_norm"] = in_dtype(self.post_norm, dtype)
-        weights |= {f"P_{name}": in_dtype(self.projection(name), dtype) for name in self.compared}
-        if self.neurons is not None:
-            weights["neurons"] = self.neurons
-        return weights
+            weights = {name: w[name] for name in w if name[:2] in ("q_", "k_", "v_")}
+            weights |= {name: w[name] @ p[name] for name in READS}
+            weights |= {name: p[name].T @ w[name] for name in WRITES}
+            if "o_bias" in w:
+                weights["o_bias"] = w["o_bias"] @ p["o"]
+        weights |= {name: in_dtype(getattr(self, name), dtype) for name in self.own}
+        projections = {name: in_dtype(self.projection(name), dtype) for name in self.compared}
+        return weights, projections
 
 
-def projections_compared(student: StudentConfig, losses: LossConfig | None) -> list[str]:
+def projections_compared(student: StudentConfig | None, losses: LossConfig | None) -> list[str]:
     """Which projections clone_losses reads, by the weight that they project."""
     if losses is None or not losses.clone_weight:
         return []
@@ -779,32 +738,6 @@ def projections_compared(student: StudentConfig, losses: LossConfig | None) -> l
     return [name for name, is_read in reads.items() if is_read]
 
 
-def terms_without_equal_shapes(
-    teacher: ModelConfig, shape: ModelConfig, student: StudentConfig, losses: LossConfig
-) -> dict[str, str]:
-    """{clone loss: why a student of any shape cannot have it}, without projections of its own."""
-    layers = len(student.student_layers or range(teacher.num_hidden_layers))
-    if shape.num_hidden_layers != layers:
-        why = f"the student has {shape.num_hidden_layers} layers, not {layers}"
-        return dict.fromkeys(clone_terms(student, losses), why)
-    heads = ("num_attention_heads", "head_dim")
-    needs = {"q": heads, "k": ("num_key_value_heads", "head_dim"), "attn_out": heads}
-    needs |= dict.fromkeys(("gate", "up", "mlp_out"), ("intermediate_size",))
-    if losses.clone_attn_out == "student":
-        needs["attn_out"] = ("hidden_size",)
-    if losses.clone_mlp_out == "student":
-        needs["mlp_out"] = ("hidden_size",)
-    needs["v"] = needs["k"]
-    reasons = {}
-    for name, fields in needs.items():
-        for field in fields:
-            ours = getattr(shape, field)
-            theirs = getattr(teacher, field)
-            if ours != theirs:
-                reasons[name] = f"{field} {ours}, not {theirs}"
-    return reasons
-
-
 def keep_neurons(teacher: dict[str, Tensor], neurons: Tensor | None) -> dict[str, Tensor]:
     """A layer's weights with these FFN neurons alone."""
     if neurons is None:
@@ -813,123 +746,199 @@ def keep_neurons(teacher: dict[str, Tensor], neurons: Tensor | None) -> dict[str
     return teacher | kept | {"down": teacher["down"][:, neurons]}
 
 
-def clone_block(
-    teacher: dict[str, Tensor] | None, student: dict[str, Tensor] | None, x_t: Tensor, x_s: Tensor,
-    configs: tuple[ModelConfig, ModelConfig], ropes: tuple, mask, compare, recompute: bool,
-) -> tuple[Tensor, Tensor, tuple[dict[str, Tensor], dict[str, Tensor]]]:  # fmt: skip
-    """One layer of teacher and student in lock-step, so that a teacher activation lives only as long as its
-    loss: x_t [B, T, d_T], x_s [B, T, d_S] -> (x_t, x_s, clone losses).
+class StudentWeights(nn.Module):
+    """All that trains of a student. forward() makes its weights, once a step; DDP and FSDP wrap this module.
 
-    teacher, student: the layer's weights, None where one of the two has no layer here. configs, ropes: of
-    teacher and student. compare: (StudentConfig, LossConfig), or None: no clone losses here. recompute: keep
+    What it makes is shared by the passes of a step, and a teacher's activations need not be kept for it.
+    """
+
+    def __init__(
+        self, config: ModelConfig, teacher: ModelConfig | None, student: StudentConfig | None,
+        losses: LossConfig | None,
+    ):  # fmt: skip
+        super().__init__()
+        size = config.hidden_size
+        teacher_size = teacher.hidden_size if teacher else size
+        self.composes = student is not None and student.train == "projections"
+        skipped = losses.clone_skip_layers if losses else ()
+        self.layers = nn.ModuleList()
+        for i in range(config.num_hidden_layers):
+            layer_losses = None if i in skipped else losses
+            self.layers.append(StudentLayer(config, teacher_size, student, layer_losses))
+        self.norm = nn.Parameter(torch.empty(size))
+        for name in ("embedding_projection", "head_projection", "embedding", "head"):
+            self.register_parameter(name, None)
+        if self.composes:
+            self.embedding_projection = nn.Parameter(torch.empty(teacher_size, size))
+        if self.composes and not student.tie_head_projection:
+            self.head_projection = nn.Parameter(torch.empty(teacher_size, size))
+        if not self.composes:
+            self.embedding = nn.Parameter(torch.empty(config.vocab_size, size))
+        if not self.composes and not config.tie_word_embeddings:
+            self.head = nn.Parameter(torch.empty(config.vocab_size, size))
+        # Which of the teacher's layers each is made of.
+        self.kept = (student and student.student_layers) or tuple(range(config.num_hidden_layers))
+
+    def forward(self, teacher: Llama | None, dtype: torch.dtype) -> tuple[dict, dict]:
+        """(weights, projections) in `dtype`: weights as Llama.weights has them, and the projections that the
+        loss reads, {"layers": [{name: P}], "embedding": P}.
+
+        A composed student's weights lack "embedding": Student.loss makes it for the tokens of a batch alone.
+        """
+        weights = {"layers": [], "norm": in_dtype(self.norm, dtype)}
+        projections = {"layers": []}
+        for layer, k in zip(self.layers, self.kept, strict=True):
+            layer_weights, layer_projections = layer(teacher.layers[k] if self.composes else None, dtype)
+            weights["layers"].append(layer_weights)
+            projections["layers"].append(layer_projections)
+        if self.composes:
+            p = in_dtype(self.embedding_projection, dtype)
+            projections["embedding"] = p
+            p_head = p if self.head_projection is None else self.head_projection.to(dtype)
+            weights["head"] = head_of(teacher.weights()).to(dtype) @ p_head
+        for name in ("embedding", "head"):
+            if getattr(self, name) is not None:
+                weights[name] = in_dtype(getattr(self, name), dtype)
+        return weights, projections
+
+
+def clone_block(
+    x_t: Tensor | None, x_s: Tensor, teacher: tuple | None, student: tuple | None, compare: tuple | None,
+    recompute: bool,
+) -> tuple[Tensor, Tensor, dict, dict]:  # fmt: skip
+    """One layer of teacher and student beside each other, so that a teacher's activation lives only as long
+    as its loss: x_t [B, T, d_T], x_s [B, T, d_S] -> (x_t, x_s, clone_losses' pairs and numbers).
+
+    teacher, student: block's (weights, config, context), None where one of the two has no layer here.
+    compare: (projections, neurons, StudentConfig, LossConfig), or None: no clone losses here. recompute: keep
     of the student's layer only what the losses need, and run it again in backward; the teacher runs once.
     """
     if teacher is not None:
         with torch.no_grad():
-            x_t, t = block(x_t, teacher, configs[0], ropes[0], mask)
+            x_t, t = block(x_t, *teacher)
     if student is not None and recompute:
-        x_s, s = checkpoint(block, x_s, student, configs[1], ropes[1], mask, use_reentrant=False)
+        x_s, s = checkpoint(block, x_s, *student, use_reentrant=False)
     elif student is not None:
-        x_s, s = block(x_s, student, configs[1], ropes[1], mask)
-    if compare is None or teacher is None:
-        return x_t, x_s, ({}, {})
-    p = {name.removeprefix("P_"): weight for name, weight in student.items() if name.startswith("P_")}
-    neurons = student.get("neurons")
+        x_s, s = block(x_s, *student)
+    if compare is None:
+        return x_t, x_s, {}, {}
+    projections, neurons, student_config, loss_config = compare
+    teacher_weights = keep_neurons(teacher[0], neurons)
     if neurons is not None:
-        teacher = keep_neurons(teacher, neurons)
         t = t | {name: t[name][..., neurons] for name in ("gate", "up")}
-    return x_t, x_s, clone_losses(s, t, p, teacher, *compare)
+    errors, numbers = clone_losses(s, t, projections, teacher_weights, student_config, loss_config)
+    return x_t, x_s, errors, numbers
 
 
-class LowRankClone(nn.Module):
-    """A frozen teacher and the tensors that make a student of it; only the latter have requires_grad.
+class Student(nn.Module):
+    """What a run trains, and its loss: a low-rank clone of a frozen teacher, a student with weights of its
+    own beside one, or a plain language model, which has no teacher.
 
-    losses: how it is trained, None where it is not. config: the student's shape, where it is not made of the
-    teacher's weights (train="weights"). ValueError when the student does not fit the teacher.
+    config: its shape. student, losses: what it is and how it is trained, for one with a teacher. dtype: what
+    to compute in; a teacher's weights must have it. Only what is in `trained` has requires_grad.
     """
 
     def __init__(
-        self, teacher: Llama, student: StudentConfig, losses: LossConfig | None = None,
-        config: ModelConfig | None = None,
+        self, config: ModelConfig, teacher: Llama | None = None, student: StudentConfig | None = None,
+        losses: LossConfig | None = None, dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
         super().__init__()
-        d_t = teacher.config.hidden_size
-        self.teacher = teacher.requires_grad_(False)
-        self.dtype = teacher.dtype
+        self.config = config
+        self.teacher = teacher and teacher.requires_grad_(False)
+        self.student_config = student
+        self.loss_config = losses
+        self.dtype = teacher.dtype if teacher else dtype
+        self.trained = StudentWeights(config, teacher and teacher.config, student, losses)
+        self.composes = self.trained.composes
         self.run_block = clone_block  # train.py may compile it
         self.chunk_loss = chunk_loss  # and this
         self.recompute = "none"  # what runs again in backward: "student", see clone_block, or "both"
-        self.student_config = student
-        self.loss_config = losses
-        self.composes = student.train != "weights"
-        self.config = config or student_shape(teacher.config, student)
-        # Which layer of the teacher stands beside each of the student's.
-        self.kept = student.student_layers or tuple(range(self.config.num_hidden_layers))
-        self.mean_squares = None  # {activation: [layers]} of the teacher, from calibrate
-        skipped = losses.clone_skip_layers if losses else ()
-        self.layers = nn.ModuleList(
-            StudentLayer(d_t, self.config, student, None if j in skipped else losses)
-            for j in range(len(self.kept))
-        )
-        d_s = self.config.hidden_size
-        vocabulary = self.config.vocab_size
-        self.norm = nn.Parameter(torch.empty(d_s))
-        # Of embedding and head too: projections, free parts, or both.
-        self.embedding_projection = None
-        self.head_projection = None
-        self.embedding = None
-        self.head = None
-        if self.composes:
-            self.embedding_projection = nn.Parameter(torch.empty(d_t, d_s))
-        if self.composes and not student.tie_head_projection:
-            self.head_projection = nn.Parameter(torch.empty(d_t, d_s))
-        if student.train != "projections":
-            self.embedding = nn.Parameter(torch.zeros(vocabulary, d_s))
-        if student.train != "projections" and not self.config.tie_word_embeddings:
-            self.head = nn.Parameter(torch.zeros(vocabulary, d_s))
+        self.mean_squares = {}  # {activation: [layers]} of the teacher, from calibrate
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """{name: parameter} of everything that trains."""
-        return {name: p for name, p in self.named_parameters() if not name.startswith("teacher.")}
+    @property
+    def device(self) -> torch.device:
+        return self.trained.norm.device
 
-    def own_state(self) -> dict[str, Tensor]:
-        """trained(), and which neurons are kept: what a checkpoint holds."""
-        return self.trained() | {n: b for n, b in self.named_buffers() if not n.startswith("teacher.")}
+    def make(self, dtype: torch.dtype | None = None) -> tuple[dict, dict]:
+        """StudentWeights.forward's (weights, projections), by this process alone."""
+        return self.trained(self.teacher, dtype or self.dtype)
 
-    def forward(self, dtype: torch.dtype) -> dict:
-        """The student's weights: {"layers": [{name: weight}], "norm", "embedding_projection" and "embedding",
-        whose parts of the student's embedding add up, and "head" where that is not "embedding"}. A model's
-        forward, since DDP and FSDP synchronise what is made in it."""
-        weights = {"layers": []}
-        for layer, k in zip(self.layers, self.kept, strict=True):
-            made_of = self.teacher.layers[k](dtype) if self.composes else {}
-            weights["layers"].append(layer(made_of, dtype))
-        weights["norm"] = in_dtype(self.norm, dtype)
-        if self.embedding is not None:
-            weights["embedding"] = in_dtype(self.embedding, dtype)
-        if self.head is not None:
-            weights["head"] = in_dtype(self.head, dtype)
-        if self.composes:
-            p_embedding = in_dtype(self.embedding_projection, dtype)
-            p_head = p_embedding if self.head_projection is None else self.head_projection.to(dtype)
-            weights["embedding_projection"] = p_embedding
-            head = self.teacher.head_weight().to(dtype) @ p_head
-            free = weights.get("head", weights.get("embedding"))
-            weights["head"] = head if free is None else head + free
-        return weights
+    def loss(
+        self, ids: Tensor, labels: Tensor, made=None, num_labels=None, share=1.0, documents=None
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Every loss of ids [B, T] against labels [B, T], already shifted (-100: no label); no host sync.
 
-    def plain_weights(self, dtype: torch.dtype) -> dict:
-        """The student's weights as a plain model of its shape has them; see Llama.forward."""
-        weights = self(dtype)
-        if self.composes:
-            embedding = self.teacher.embedding.to(dtype) @ weights["embedding_projection"]
-            weights["embedding"] = embedding + weights.get("embedding", 0)
-        return weights
+        made: make()'s result, where several batches share it. num_labels, share: see head_loss. documents:
+        document_layout's result, where the documents of a block do not see each other. Under no_grad it is an
+        evaluation, at temperature 1. Returns {"loss", "lm", "token_lm"}: the optimised total, the CE, and
+        that of each token [B, T]; with a teacher {"kl", "clone", "terms"} too: KL at the temperature without
+        T², the sum of the clone losses, unweighted, and {name: [layers]} of them; at temperature 1 also
+        "teacher_lm".
+        """
+        weights, projections = made or self.make()
+        losses = self.loss_config
+        positions, mask = documents or (torch.arange(ids.shape[1], device=ids.device), None)
+        contexts = layer_contexts(self.config, positions, mask)
+        teacher_layers = []
+        x_t = None
+        if self.teacher:
+            teacher_layers = self.teacher.weights()["layers"]
+            teacher_contexts = layer_contexts(self.teacher.config, positions, mask)
+            x_t = F.embedding(ids, self.teacher.embedding)
+        x_s = x_t @ projections["embedding"] if self.composes else F.embedding(ids, weights["embedding"])
 
-    @torch.no_grad()
-    def merge(self) -> Llama:
-        """The student as an ordinary Llama, its weights composed in float32."""
-        weights = self.plain_weights(torch.float32)
+        run = self.run_block
+        if self.recompute == "both":
+            run = functools.partial(checkpoint, run, use_reentrant=False)
+        layer_of = {k: j for j, k in enumerate(self.trained.kept)}  # the student's, beside the teacher's
+        by_layer = []
+        for i in range(max(len(teacher_layers), self.trained.kept[-1] + 1)):
+            teacher, student, compare = None, None, None
+            if i < len(teacher_layers):
+                teacher = (teacher_layers[i], self.teacher.config, teacher_contexts[i])
+            j = layer_of.get(i)
+            if j is not None:
+                student = (weights["layers"][j], self.config, contexts[j])
+            if self.compares(j):
+                neurons = self.trained.layers[j].neurons
+                compare = (projections["layers"][j], neurons, self.student_config, losses)
+            x_t, x_s, errors, numbers = run(x_t, x_s, teacher, student, compare, self.recompute == "student")
+            for name in errors.keys() & self.mean_squares.keys():
+                errors[name] = errors[name] / self.mean_squares[name][i]
+            if j is not None:
+                by_layer.append(errors | numbers)
+
+        x_s = rms_norm(x_s, weights["norm"], self.config.rms_norm_eps)
+        part = {"num_labels": num_labels, "share": share, "loss_function": self.chunk_loss}
+        if self.teacher is None:
+            return head_loss(x_s, head_of(weights), labels, **part)
+        x_t = rms_norm(x_t, self.teacher.norm, self.teacher.config.rms_norm_eps)
+        teacher = (x_t, head_of(self.teacher.weights()))
+        temperature = losses.kl_temperature if torch.is_grad_enabled() else 1.0
+        scales = (losses.lm_weight, losses.kl_weight, temperature)
+        result = head_loss(x_s, head_of(weights), labels, teacher, *scales, **part)
+        zero = x_t.new_zeros((), dtype=torch.float32)
+        names = dict.fromkeys(name for terms in by_layer for name in terms)
+        result["terms"] = {
+            name: share * torch.stack([terms.get(name, zero) for terms in by_layer]) for name in names
+        }
+        result["clone"] = sum((values.sum() for values in result["terms"].values()), zero)
+        result["loss"] = result["loss"] + losses.clone_weight * result["clone"]
+        return result
+
+    def compares(self, layer: int | None) -> bool:
+        """Whether a layer of the student has clone losses."""
+        losses = self.loss_config
+        if layer is None or losses is None or not losses.clone_weight:
+            return False
+        return layer not in losses.clone_skip_layers
+
+    def merge(self, dtype: torch.dtype = torch.float32) -> Llama:
+        """The student as an ordinary Llama, its weights composed in float32, or in `dtype`."""
+        with torch.no_grad():
+            weights, projections = self.make(dtype)
+            if self.composes:
+                weights["embedding"] = self.teacher.embedding.to(dtype) @ projections["embedding"]
         state = {name: weights[name].clone() for name in ("embedding", "norm")}
         if not self.config.tie_word_embeddings:
             state["head"] = weights["head"].clone()
@@ -940,95 +949,9 @@ class LowRankClone(nn.Module):
         student.load_state_dict(state, strict=True, assign=True)
         return student
 
-    def names_in_plain_model(self) -> dict[str, str]:
-        """{name of a parameter of merge(): the free parameter here that it is}, with train="weights"."""
-        names = {name: name for name in ("embedding", "norm", "head") if getattr(self, name) is not None}
-        for i in range(len(self.layers)):
-            for name in self.config.layer_shapes():
-                inner = name if name in ("input_norm", "post_norm") else f"free.{name}"
-                names[f"layers.{i}.{name}"] = f"layers.{i}.{inner}"
-        return names
-
-    def lock_step(self, ids: Tensor, student: dict, documents=None) -> Iterator[tuple]:
-        """The one walk over teacher and student together: yields (layer of the student or None, x_t
-        [B, T, d_T], x_s [B, T, d_S], clone losses) of every layer that either has. ids [B, T]; student:
-        forward()'s result; documents: document_layout's."""
-        teacher = self.teacher
-        losses = self.loss_config
-        configs = (teacher.config, self.config)
-        positions, mask = positions_and_mask(ids, documents)
-        ropes = (rope_table(teacher.config, positions), rope_table(self.config, positions))
-        x_t = F.embedding(ids, teacher.embedding).to(teacher.dtype)
-        x_s = 0
-        if "embedding_projection" in student:
-            x_s = x_t @ student["embedding_projection"]
-        if "embedding" in student:
-            x_s = x_s + F.embedding(ids, student["embedding"])
-        student_layer = {k: j for j, k in enumerate(self.kept)}
-        both_layers = self.run_block
-        if self.recompute == "both":
-            both_layers = functools.partial(checkpoint, both_layers, use_reentrant=False)
-        for i in range(max(len(teacher.layers), self.kept[-1] + 1)):
-            j = student_layer.get(i)
-            weights = None if j is None else student["layers"][j]
-            compares = j is not None and losses.clone_weight and j not in losses.clone_skip_layers
-            compare = (self.student_config, losses) if compares else None
-            teacher_weights = teacher.layers[i](teacher.dtype) if i < len(teacher.layers) else None
-            recompute = self.recompute == "student"
-            x_t, x_s, terms = both_layers(
-                teacher_weights, weights, x_t, x_s, configs, ropes, mask, compare, recompute
-            )
-            yield j, x_t, x_s, terms
-
-    def loss(
-        self, ids, labels, weights=None, num_labels=None, share=1.0, documents=None, temperature=None
-    ) -> dict[str, Tensor]:
-        """Every loss of ids [B, T] against labels [B, T], already shifted (-100: no label); no host sync.
-
-        weights, num_labels, share, documents: see Llama.loss. temperature: in place of kl_temperature.
-        Returns {"loss", "lm", "kl", "clone", "terms", "token_lm"}: the optimised total; CE; KL at the
-        temperature without T²; the sum of the clone losses, unweighted; {name: [layers]} of them. At
-        temperature 1 also "teacher_lm".
-        """
-        losses = self.loss_config
-        student = weights or self(self.dtype)
-        by_layer = []
-        # The last streams are what the heads read.
-        for j, x_t, x_s, terms in self.lock_step(ids, student, documents):  # noqa: B007
-            if j is None:
-                continue
-            errors, numbers = terms
-            scales = self.mean_squares or {}
-            for name in errors.keys() & scales.keys():
-                errors[name] = errors[name] / scales[name][self.kept[j]]
-            by_layer.append(errors | numbers)
-        x_t = rms_norm(x_t, self.teacher.norm, self.teacher.config.rms_norm_eps)
-        x_s = rms_norm(x_s, student["norm"], self.config.rms_norm_eps)
-        result = head_loss(
-            x_s,
-            head_of(student),
-            labels,
-            (x_t, self.teacher.head_weight()),
-            losses.lm_weight,
-            losses.kl_weight,
-            losses.kl_temperature if temperature is None else temperature,
-            num_labels,
-            share,
-            self.chunk_loss,
-        )
-        zero = x_t.new_zeros((), dtype=torch.float32)
-        names = dict.fromkeys(name for terms in by_layer for name in terms)
-        result["terms"] = {
-            name: share * torch.stack([terms.get(name, zero) for terms in by_layer]) for name in names
-        }
-        result["clone"] = sum((values.sum() for values in result["terms"].values()), zero)
-        result["loss"] = result["loss"] + losses.clone_weight * result["clone"]
-        return result
-
-    def logits(self, ids: Tensor) -> Tensor:
-        """The student's logits [B, T, V], float32, by its weights composed in the teacher's dtype."""
-        weights = self.plain_weights(self.teacher.dtype)
-        return (hidden_states(weights, ids, self.config) @ head_of(weights).T).float()
+    def forward(self, ids: Tensor) -> Tensor:
+        """The student's logits [B, T, V], float32, of ids [B, T]; composed and computed in `dtype`."""
+        return self.merge(self.dtype)(ids)
 
     @torch.no_grad()
     def calibrate(self, blocks: Iterable[Tensor]) -> Tensor:
@@ -1040,89 +963,94 @@ class LowRankClone(nn.Module):
         float64, of the residual stream's directions x / |x|, averaged over tokens and over what each layer
         and the head read; their trace is 1.
         """
-        teacher_layers = self.teacher.layers
-        weights = self.teacher(self.dtype)
-        squares = {}
-        covariance = 0.0
+        config = self.teacher.config
+        weights = self.teacher.weights()
+        fewer_neurons = self.config.intermediate_size < config.intermediate_size
         count = 0
-        energies = self.norm.new_zeros(len(teacher_layers), self.teacher.config.intermediate_size)
+        squares = {}
+        energies = self.teacher.norm.new_zeros(config.num_hidden_layers, config.intermediate_size).float()
+        covariance = energies.new_zeros(config.hidden_size, config.hidden_size).double()
+
+        def look(i: int, x: Tensor, activations: dict[str, Tensor]) -> None:
+            directions = F.normalize(x[0].float(), dim=-1)
+            covariance.add_(directions.T @ directions)
+            for name, value in activations.items():
+                layers = squares.setdefault(name, energies.new_zeros(config.num_hidden_layers))
+                layers[i] += value.float().square().mean()
+            if activations and fewer_neurons:
+                hidden = F.silu(activations["gate"]) * activations["up"]
+                down = weights["layers"][i]["down"]
+                energies[i] += hidden.float().square().sum((0, 1)) * down.float().square().sum(0)
+
         for ids in blocks:
             count += 1
-            for i, (x, activations) in enumerate(walk(weights, ids[None], self.teacher.config), start=-1):
-                directions = F.normalize(x[0].float(), dim=-1)
-                covariance = covariance + (directions.T @ directions).double()
-                for name, value in activations.items():
-                    layers = squares.setdefault(name, self.norm.new_zeros(len(teacher_layers)))
-                    layers[i] += value.float().square().mean()
-                if activations and self.layers[0].neurons is not None:
-                    hidden = F.silu(activations["gate"]) * activations["up"]
-                    down = weights["layers"][i]["down"]
-                    energies[i] += hidden.float().square().sum((0, 1)) * down.float().square().sum(0)
+            hidden_states(weights, ids[None], config, look=look)
         if self.loss_config.clone_scale == "teacher":
             self.mean_squares = {name: total / count for name, total in squares.items()}
-        for layer, k in zip(self.layers, self.kept, strict=True):
+        for layer, k in zip(self.trained.layers, self.trained.kept, strict=True):
             if layer.neurons is not None:
                 layer.neurons.copy_(energies[k].topk(len(layer.neurons)).indices.sort().values)
         return covariance / covariance.trace()
 
 
-# ---- how a clone starts
+# ---- how a student starts
 
 
-def init_clone(clone: LowRankClone, seed: int, init: str, covariance: Tensor | None = None) -> LowRankClone:
-    """Sets projections, norms and free weights; the same for the same seed and covariance (calibrate()'s).
-
-    "random": N(0, 0.02) and ones, as the authors' code. "pca": the student's stream is the teacher's in one
-    basis U [d_T, d_S], the directions with most of its energy. (tools/compress.py fits them in closed form.)
-    Free weights beside projections stay at zero; alone, they start as what a clone of both would compose.
-    """
-    if not clone.composes:
-        config = dataclasses.replace(clone.student_config, train="both")
-        with clone.norm.device:
-            start = LowRankClone(clone.teacher, config, clone.loss_config)
-        for layer, other in zip(start.layers, clone.layers, strict=True):
-            layer.neurons = other.neurons
-        start_from_clone(clone, init_clone(start, seed, init, covariance))
-        return clone
+def init_random(module: nn.Module, seed: int, std: float = 0.02) -> None:
+    """N(0, std), as the authors' code and transformers do it; ones for norms, zeros for biases."""
     generator = torch.Generator().manual_seed(seed)
-    for name, weight in clone.trained().items():
+    for name, weight in module.named_parameters():
         if name.endswith("norm"):
             nn.init.ones_(weight)
-        elif "projection" in name:  # free weights, and what an experiment adds, stay as they were made
-            weight.data.copy_(torch.empty(weight.shape).normal_(0.0, 0.02, generator=generator))
-    if init != "random":
-        balance = torch.ones_like(clone.teacher.norm.double())
-        if clone.head_projection is None:
+        elif name.endswith("bias"):
+            nn.init.zeros_(weight)
+        else:
+            weight.data.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
+
+
+def init_student(student: Student, seed: int, init: str, covariance: Tensor | None = None) -> None:
+    """Sets what trains; the same for the same seed and covariance (calibrate()'s).
+
+    init: "random", or "pca": the student's stream is the teacher's in one basis U [d_T, d_S], the directions
+    with most of its energy. (tools/compress.py fits the projections in closed form.) Weights of a student's
+    own start as what its clone would compose.
+    """
+    if student.teacher and not student.composes:
+        config = dataclasses.replace(student.student_config, train="projections")
+        with student.trained.norm.device:
+            start = Student(student.config, student.teacher, config, student.loss_config)
+        for layer, other in zip(start.trained.layers, student.trained.layers, strict=True):
+            layer.neurons = other.neurons
+        init_student(start, seed, init, covariance)
+        start_from_clone(student, start)
+        return
+    trained = student.trained
+    init_random(trained, seed)
+    if init == "pca" and student.teacher:
+        balance = torch.ones_like(student.teacher.norm.double())
+        if trained.head_projection is None:
             # The head's projection is the embedding's: half of the final norm's weight goes into either.
-            final = clone.teacher.norm.double()
+            final = student.teacher.norm.double()
             balance = (final / rms(final)).clamp(min=0.1).sqrt()
             covariance = balance[:, None] * covariance * balance
-        basis = torch.linalg.eigh(covariance).eigenvectors[:, -clone.config.hidden_size :]
-        init_from_basis(clone, basis, covariance, balance)
-    return clone
-
-
-def is_free(name: str) -> bool:
-    """Whether a trained parameter of a clone is a weight of the student itself, by its name."""
-    return ".free." in name or name in ("embedding", "head")
+        basis = torch.linalg.eigh(covariance).eigenvectors[:, -student.config.hidden_size :]
+        init_from_basis(student, basis, covariance, balance)
 
 
 @torch.no_grad()
-def start_from_clone(student: LowRankClone, clone: LowRankClone) -> None:
-    """Sets free weights to what a clone of the same shape composes, and their projections to the clone's."""
-    merged = clone.merge()
-    for theirs, ours in student.names_in_plain_model().items():
-        student.get_parameter(ours).copy_(merged.get_parameter(theirs))
-    for layer, other in zip(student.layers, clone.layers, strict=True):
-        for name in layer.compared:
-            layer.projection(name).copy_(other.projection(name))
+def start_from_clone(student: Student, clone: Student) -> None:
+    """Sets a student's own weights to what a clone of its shape composes, its projections to the clone's."""
+    ours = dict(student.trained.named_parameters())
+    theirs = dict(clone.merge().named_parameters()) | dict(clone.trained.named_parameters())
+    for name, weight in ours.items():
+        weight.copy_(theirs[name])
 
 
 def rms(x: Tensor) -> Tensor:
     return x.double().square().mean().sqrt()
 
 
-def init_from_basis(clone: LowRankClone, basis: Tensor, covariance: Tensor, balance: Tensor) -> None:
+def init_from_basis(student: Student, basis: Tensor, covariance: Tensor, balance: Tensor) -> None:
     """Makes the student's stream U^T diag(balance) x of the teacher's x: what writes to it goes through
     diag(balance) U, what reads it through U, with the teacher's norm weights absorbed.
 
@@ -1140,11 +1068,13 @@ def init_from_basis(clone: LowRankClone, basis: Tensor, covariance: Tensor, bala
         for projection in projections:
             projection.data.copy_(teacher_norm.double()[:, None] / rms(teacher_norm) * read)
 
-    for layer, k in zip(clone.layers, clone.kept, strict=True):
-        teacher = clone.teacher.layers[k]
-        absorb(layer.input_norm, [layer.projection(name) for name in ("q", "k", "v")], teacher.input_norm)
-        absorb(layer.post_norm, [layer.projection(name) for name in ("gate", "up")], teacher.post_norm)
+    teacher = student.teacher
+    trained = student.trained
+    for layer, k in zip(trained.layers, trained.kept, strict=True):
+        norms = teacher.layers[k]
+        absorb(layer.input_norm, [layer.projection(name) for name in ("q", "k", "v")], norms["input_norm"])
+        absorb(layer.post_norm, [layer.projection(name) for name in ("gate", "up")], norms["post_norm"])
         for name in WRITES:
             layer.projection(name).data.copy_(write)
-    clone.embedding_projection.data.copy_(write)
-    absorb(clone.norm, [] if clone.head_projection is None else [clone.head_projection], clone.teacher.norm)
+    trained.embedding_projection.data.copy_(write)
+    absorb(trained.norm, [] if trained.head_projection is None else [trained.head_projection], teacher.norm)

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 
 import convert
 from configurator import choose_device, fail, need_compiler, read_json
-from model import Llama, LowRankClone, ModelConfig, head_of, hidden_states, rope_table
+from model import Llama, ModelConfig, Student, head_of, hidden_states, layer_contexts
 from prepare import (
     MARK,
     break_specials,
@@ -83,12 +83,12 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Continues every prompt, one token of each a step; None for those that have met a stop id.
 
-    Prompts are padded on the left to one length. Rotary tables, masks and the key/value cache are made once,
+    Prompts are padded on the left to one length. Masks and the key/value cache are made once,
     for all tokens to come; a step reads back its tokens and nothing else.
     """
     config = llama.config
     device = llama.norm.device
-    weights = llama(llama.dtype)
+    weights = llama.weights()
     batch = len(prompts)
     width = max(map(len, prompts))
     length = width + max_new_tokens
@@ -105,14 +105,13 @@ def generate(
         # a padding row sees itself, so that its softmax has something to divide by
         mask = (real[..., :width] & (order[:, None] >= order)) | (order[:, None] == order)
         positions = (positions - padding).clamp(min=0)[:, None]  # [B, 1, L]
-    cos, sin = rope_table(config, positions)
     generator = torch.Generator(device).manual_seed(seed)
     finished = [False] * batch
     start = 0
     for end in range(width, length):
-        now = cos[..., start:end, :], sin[..., start:end, :]
+        contexts = layer_contexts(config, positions[..., start:end], mask)
         slots = [(keys, values, start) for keys, values in caches]
-        x = hidden_states(weights, tokens, config, rope=now, mask=mask, caches=slots, layer=llama.run_block)
+        x = hidden_states(weights, tokens, config, contexts, slots, llama.run_block)
         logits = F.linear(x[:, -1], head_of(weights)).float()
         chosen = pick(logits, temperature, top_k, top_p, generator)
         ids = chosen.tolist()
@@ -243,11 +242,11 @@ def main() -> None:
         raise ValueError(
             f"{directory} has {tokens.get_vocab_size()} tokens; {model} has {llama.config.vocab_size}"
         )
-    if isinstance(llama, LowRankClone):
+    if isinstance(llama, Student):
         llama = llama.merge()
-    llama.dtype = getattr(torch, dtype or ("bfloat16" if device_used.type == "cuda" else "float32"))
-    # Frozen: what trains is copied each time that it is used.
-    llama = llama.to(device_used, llama.dtype).requires_grad_(False)
+    llama = llama.to(
+        device_used, getattr(torch, dtype or ("bfloat16" if device_used.type == "cuda" else "float32"))
+    )
     if compile:
         llama.run_block = torch.compile(llama.run_block, dynamic=True)
     bos, eos = special_ids(tokens, directory)

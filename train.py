@@ -21,7 +21,7 @@ from typing import Literal
 
 # what to train
 teacher: str | dict | None = "data/quickstart/teacher"  # Hugging Face directory to clone; None: a plain LM
-train: Literal["projections", "both", "weights"] = "projections"  # of the student: W P; W P + R; W of its own
+train: Literal["projections", "weights"] = "projections"  # of the student: P of its W P, or W of its own
 student_hidden_size: int | None = 96  # d_S, width of the student's residual stream (tools/plan.py finds one)
 student_layers: int | tuple | None = None  # which of the teacher's to keep: indices, or how many; None: all
 student_intermediate_size: int | None = None  # FFN neurons to keep, those that add most; None: all
@@ -57,7 +57,6 @@ optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of the layers' and projec
 max_steps = 100  # optimizer steps of the run; 0: as many as `epochs` takes
 epochs = 1.0  # passes over the data, where max_steps is 0
 learning_rate = 3e-3  # peak
-free_learning_rate: float | None = None  # peak, of weights that are the student's own; None: the same
 lr_schedule: Literal["linear", "cosine", "warmup_stable_decay", "constant"] = "linear"  # after the warmup
 warmup_ratio = 0.05  # of max_steps, linear from 0
 decay_ratio = 0.1  # of max_steps, the last part of warmup_stable_decay
@@ -208,14 +207,15 @@ def from_rank_0(tensors: list[torch.Tensor]) -> None:
             dist.broadcast(tensor.detach(), 0)
 
 
-def distribute(model, device: torch.device):
-    """The model as it makes its weights (called once a step): wrapped in DDP, sharded by FSDP2, or as it is.
+def distribute(trained: models.StudentWeights, device: torch.device):
+    """What trains as it makes the student's weights, once a step: wrapped in DDP, sharded by FSDP2, or as it
+    is.
 
-    FSDP shards what trains; the frozen teacher stays whole on every device. Sharding that too would send four
-    times as much and take more time on the CPU than a step has, for the few GiB that tools/plan.py tells.
+    The frozen teacher stays whole on every device. Sharding that too would send four times as much and take
+    more time on the CPU than a step has, for the few GiB that tools/plan.py tells.
     """
     if parallel == "ddp":
-        return model if WORLD_SIZE == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
+        return trained if WORLD_SIZE == 1 else DistributedDataParallel(trained, gradient_as_bucket_view=True)
     # These take half a second to import, and only this needs them.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -228,14 +228,9 @@ def distribute(model, device: torch.device):
     policy = MixedPrecisionPolicy(dtype_on(device), torch.float32, cast_forward_inputs=False)
     # The root too frees what it has gathered: named_parameters() then always gives the shards.
     shared = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True}
-    for first in range(0, len(model.layers), LAYERS_OF_A_UNIT):
-        fully_shard([*model.layers[first : first + LAYERS_OF_A_UNIT]], **shared)
-    frozen = {p for p in model.parameters() if not p.requires_grad}
-    return fully_shard(model, **shared, ignored_params=frozen)
-
-
-def trained_parameters(model) -> dict[str, torch.Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for first in range(0, len(trained.layers), LAYERS_OF_A_UNIT):
+        fully_shard([*trained.layers[first : first + LAYERS_OF_A_UNIT]], **shared)
+    return fully_shard(trained, **shared)
 
 
 def unshard(tensor: torch.Tensor) -> torch.Tensor:
@@ -279,39 +274,68 @@ def student_config(teacher_layers: int) -> models.StudentConfig:
     return student
 
 
-def build_model(compute_dtype: torch.dtype) -> models.LowRankClone | models.Llama:
-    """The clone or the plain LM that the options describe, its own weights not yet set."""
-    source = convert.resolve(init_from) if init_from else None
-    from_plain = source is not None and not convert.is_clone(source)
+def build_model(compute_dtype: torch.dtype) -> models.Student:
+    """The student that the options describe, its weights not yet set: one of three kinds."""
     base = base_shape()
+    # A plain language model, without a teacher.
     if teacher is None:
-        return models.Llama(base, compute_dtype)
-    # What does not fit is refused before the teacher is loaded.
+        return models.Student(base, dtype=compute_dtype)
+
+    # A clone of the teacher, or what a run made of one: the teacher's layers, of another width.
     losses = loss_config()
     student = student_config(base.num_hidden_layers)
-    if from_plain and (eval_only or (train == "weights" and not convert.has_projections(source))):
-        # Any model with the vocabulary is a student; what a run here left is as its options say.
-        shape = convert.read_config(source)
-        refuse_another_tokenizer(source)
-        if shape.vocab_size != base.vocab_size:
-            sizes = f"{shape.vocab_size} tokens; the teacher has {base.vocab_size}"
-            raise ValueError(f"{source} has {sizes}: a student needs the teacher's vocabulary")
+    source = convert.resolve(init_from) if init_from else None
+    if source is None or convert.is_clone(source) or (convert.has_projections(source) and not eval_only):
+        shape = models.student_shape(base, student)
+    elif not eval_only and train == "projections":
+        raise ValueError(f"{source} is a plain model; this run trains a clone (train=projections)")
+    # Any model with the teacher's vocabulary. Where layers and heads are the teacher's, so are clone losses.
+    else:
+        shape = any_students_shape(source, base.vocab_size)
         student = dataclasses.replace(
             student, train="weights", share_qkv=False, share_gate_up=False, student_intermediate_size=None
         )
-        if student.student_layers and len(student.student_layers) != shape.num_hidden_layers:
-            student = dataclasses.replace(student, student_layers=None)
-        reasons = models.terms_without_equal_shapes(base, shape, student, losses)
-        losses = dataclasses.replace(losses, clone_skip=(*clone_skip, *reasons))
-        if reasons and clone_weight and not eval_only:
-            print0(f"clone terms left out: {', '.join(f'{name} ({why})' for name, why in reasons.items())}")
-    else:
-        shape = models.student_shape(base, student)
+        student, losses = fit_losses(base, shape, student, losses)
+
     if not set(clone_skip_layers) <= set(range(shape.num_hidden_layers)):
         raise ValueError(
             f"clone_skip_layers is {clone_skip_layers}; the student has {shape.num_hidden_layers}"
         )
-    return models.LowRankClone(load_teacher(compute_dtype), student, losses, shape)
+    # What does not fit was refused before the teacher is loaded.
+    return models.Student(shape, load_teacher(compute_dtype), student, losses)
+
+
+def any_students_shape(source: Path, vocab_size: int) -> models.ModelConfig:
+    """The shape of a model that is no clone; ValueError where its vocabulary is not the teacher's."""
+    shape = convert.read_config(source)
+    refuse_another_tokenizer(source)
+    if shape.vocab_size != vocab_size:
+        sizes = f"{shape.vocab_size} tokens; the teacher has {vocab_size}"
+        raise ValueError(f"{source} has {sizes}: a student needs the teacher's vocabulary")
+    return shape
+
+
+def fit_losses(
+    base: models.ModelConfig, shape: models.ModelConfig, student: models.StudentConfig, losses
+) -> tuple[models.StudentConfig, models.LossConfig]:
+    """Without the clone losses that a student of this shape cannot have beside the teacher; it says why."""
+    layers = student.student_layers or range(base.num_hidden_layers)
+    sizes = {"num_hidden_layers": len(layers)}
+    for field in ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        sizes[field] = getattr(base, field)
+    sizes = {name: size for name, size in sizes.items() if getattr(shape, name) != size}
+    other = [f"{name} {getattr(shape, name)}, not {size}" for name, size in sizes.items()]
+    if other:
+        student = dataclasses.replace(student, student_layers=None)
+        losses = dataclasses.replace(losses, clone_weight=0.0)
+    elif shape.hidden_size != base.hidden_size:
+        # Two terms need projections in the student's space, which only a run with clone losses leaves.
+        outputs = [name for name in ("attn_out", "mlp_out") if getattr(losses, f"clone_{name}") == "student"]
+        losses = dataclasses.replace(losses, clone_skip=(*clone_skip, *outputs))
+        other = [f"{', '.join(outputs)} (hidden_size {shape.hidden_size}, not {base.hidden_size})"]
+    if other and clone_weight and not eval_only:
+        print0(f"clone losses left out: {', '.join(other)}")
+    return student, losses
 
 
 def refuse_another_tokenizer(source: Path) -> None:
@@ -407,20 +431,16 @@ def calibration_ids(train_data: Mixture, device: torch.device) -> torch.Tensor:
 
 
 def start_weights(model, train_data: Mixture, checkpoint_path: Path | None, device: torch.device) -> None:
-    """Calibrates a clone, and sets the model's own weights: from a checkpoint, or by init and seed."""
-    is_clone = isinstance(model, models.LowRankClone)
+    """Calibrates a student with a teacher, and sets its weights: from a checkpoint, or by init and seed."""
     covariance = None
-    if is_clone and needs_calibration():
+    if model.teacher and needs_calibration():
         ids = calibration_ids(train_data, device)
         covariance = model.calibrate(show(ids, desc="calibrating", unit="block"))
     if checkpoint_path is not None:
         convert.load_weights(checkpoint_path, model)
-    elif is_clone:
-        models.init_clone(model, seed, init, covariance)
     else:
-        model.init_weights(seed)
-    mean_squares = getattr(model, "mean_squares", None) or {}
-    from_rank_0([*trained_parameters(model).values(), *model.buffers(), *mean_squares.values()])
+        models.init_student(model, seed, init, covariance)
+    from_rank_0([*model.trained.state_dict().values(), *model.mean_squares.values()])
 
 
 def speed_up(model, device: torch.device) -> None:
@@ -537,20 +557,17 @@ def is_for_muon(name: str, p: torch.Tensor) -> bool:
     return optimizer == "muon" and p.ndim == 2 and name not in ("embedding", "head")
 
 
-def make_optimizer(model) -> torch.optim.AdamW | Muon:
-    """The optimizer that the options say; a group's "rate" is its learning rate over `learning_rate`."""
-    groups = {"muon": {}, "adamw": {}}
-    for name, p in trained_parameters(model).items():
-        decay = weight_decay if p.ndim > 1 else 0.0
-        rate = 1.0
-        if free_learning_rate is not None and teacher is not None and models.is_free(name):
-            rate = free_learning_rate / learning_rate
-        group = {"params": [], "weight_decay": decay, "rate": rate, "lr": learning_rate}
-        kind = "muon" if is_for_muon(name, p) else "adamw"
-        group = groups[kind].setdefault((decay, rate), group)
-        group["params"].append(p)
-    adamw = torch.optim.AdamW(groups["adamw"].values(), learning_rate, (beta1, beta2), fused=True)
-    return Muon([*groups["muon"].values()], adamw, momentum) if groups["muon"] else adamw
+def make_optimizer(trained: torch.nn.Module) -> torch.optim.AdamW | Muon:
+    """The optimizer that the options say; norms and biases do not decay."""
+    groups = {}
+    for name, p in trained.named_parameters():
+        key = is_for_muon(name, p), p.ndim > 1
+        group = {"params": [], "weight_decay": weight_decay if p.ndim > 1 else 0.0, "lr": learning_rate}
+        groups.setdefault(key, group)["params"].append(p)
+    by_muon = [group for (muon, _), group in groups.items() if muon]
+    others = [group for (muon, _), group in groups.items() if not muon]
+    adamw = torch.optim.AdamW(others, learning_rate, (beta1, beta2), fused=True)
+    return Muon(by_muon, adamw, momentum) if by_muon else adamw
 
 
 def learning_rate_at(step: int, steps: int) -> float:
@@ -583,59 +600,101 @@ def split_batch() -> tuple[int, int]:
     return size, share // size
 
 
-def forward(model, weights, blocks, first: int, count: int, whole: int, labels: int, device, **options):
+class Metrics:
+    """Sums over passes, and of what each is a mean over: steps for a loss, tokens for that of a source."""
+
+    def __init__(self):
+        self.sums = {}  # {name: [sum, a tensor of one value or of one a layer; over]}
+
+    def add(self, name: str, values: torch.Tensor, over) -> None:
+        """values: their sum over `over` (a number or a tensor) of what the mean is over."""
+        entry = self.sums.setdefault(name, [0.0, 0.0])
+        entry[0] = entry[0] + values.detach().double()
+        entry[1] = entry[1] + over
+
+    def means(self) -> dict[str, float | dict]:
+        """Over all ranks, without those over nothing; "terms_by_layer": {name: [layers]} of some."""
+        flat = []
+        for values, over in self.sums.values():
+            flat += [values.flatten(), values.new_zeros(1) + over]
+        totals = over_ranks(torch.cat(flat)).split([len(part) for part in flat])
+        means = {}
+        by_layer = {}
+        for i, (name, (values, _)) in enumerate(self.sums.items()):
+            sums = totals[2 * i].tolist()
+            over = totals[2 * i + 1].item()
+            if over:
+                means[name] = sum(sums) / over
+            if over and values.ndim:
+                by_layer[name] = [value / over for value in sums]
+        return means | ({"terms_by_layer": by_layer} if by_layer else {})
+
+
+def run_pass(model, made, blocks, first: int, count: int, whole: int, labels: int, metrics: Metrics):
     """Samples first, first + 1, … through the model: a part of a batch of `whole` blocks, `labels` labels.
 
-    Returns (loss, {name in metrics.jsonl: tensor}), both shares of the batch's; nothing here waits for a GPU.
-    Clone terms have a value a layer. Of several sources, each has lm/NAME, the sum of its tokens' losses, and
-    labels/NAME, their number.
+    made: the student's weights and projections. Returns the loss, a share of the batch's as those that are
+    added to the metrics; nothing here waits for a GPU.
     """
+    device = model.device
     batch = blocks.batch(first, count)
     ids = models.to_device(batch.ids, device)
     targets = models.to_device(batch.labels, device)
-    if mask_documents:
-        options["documents"] = models.document_layout(batch.documents, device)
-    losses = model.loss(ids, targets, weights, num_labels=labels, share=count / whole, **options)
-    scalars = ("loss", "lm", "kl", "clone", "teacher_lm", "agreement")
-    metrics = {name: losses[name].detach() for name in scalars if name in losses}
+    documents = models.document_layout(batch.documents, device) if mask_documents else None
+    share = count / whole
+    losses = model.loss(ids, targets, made, labels, share, documents)
+    for name in ("loss", "lm", "kl", "clone", "teacher_lm", "agreement"):
+        if name in losses:
+            metrics.add(name, losses[name], share)
     for name, values in losses.get("terms", {}).items():
-        metrics[f"clone_{name}"] = values.detach()
+        metrics.add(f"clone_{name}", values, share)
     sources = getattr(blocks, "sources", ())
     if len(sources) > 1:
         source_of = models.to_device(batch.source, device)[:, None]
         for index, name in enumerate(blocks.names):
             counted = (source_of == index) & (targets != -100)
-            metrics[f"lm/{name}"] = (losses["token_lm"] * counted).sum()
-            metrics[f"labels/{name}"] = counted.sum()
-    return losses["loss"], metrics
+            metrics.add(f"lm/{name}", (losses["token_lm"] * counted).sum(), counted.sum())
+    return losses["loss"]
 
 
-def backward_step(model, make_weights, blocks, step: int, device: torch.device) -> dict:
-    """Leaves the gradients of an optimizer step on the trained parameters; returns the sums of its metrics.
+def training_step(model, make_weights, optimizer, blocks, step: int, lr: float, metrics: Metrics):
+    """One step of the optimizer, on the blocks of batch `step`; returns the gradient's norm before clipping.
 
-    The weights are made once a step. Where several passes share them, and under FSDP, gradients gather on a
-    held copy of them and are synchronised once, when that is released. Losses are shares of the batch's.
+    make_weights: distribute's result. Losses go to the metrics. A step whose gradient is not finite changes
+    nothing.
     """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+    # The student's weights are made once. Where several passes share them, and under FSDP, gradients gather
+    # on a held copy of them and are synchronised once, when that is released.
+    made = make_weights(model.teacher, model.dtype)
     size, passes = split_batch()
-    sums = {}
-    weights = make_weights(model.dtype)
     holds = passes > 1 or parallel == "fsdp"
-    shared = hold(weights, accumulate=passes > 1) if holds else weights
-    labels = blocks.count_labels(step * global_batch_size, global_batch_size)
+    shared = hold(made, accumulate=passes > 1) if holds else made
+
+    begin = step * global_batch_size
+    labels = blocks.count_labels(begin, global_batch_size)
     for i in range(passes):
-        first = step * global_batch_size + (i * WORLD_SIZE + RANK) * size
-        loss, metrics = forward(model, shared, blocks, first, size, global_batch_size, labels, device)
-        # DDP and FSDP average over the ranks; a loss that is not finite makes every gradient so
+        first = begin + (i * WORLD_SIZE + RANK) * size
+        loss = run_pass(model, shared, blocks, first, size, global_batch_size, labels, metrics)
+        # DDP and FSDP average over the ranks; a loss that is not finite makes every gradient so.
         (loss * (WORLD_SIZE + 0.0 * loss.detach())).backward()
-        add(sums, metrics)
     if holds:
-        release(model, weights, shared)
-    return sums
+        release(model.trained, made, shared)
+
+    parameters = [*model.trained.parameters()]
+    grad_norm = unshard(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
+    # As GradScaler does it: where found_inf is 1, the optimizer changes nothing.
+    optimizer.found_inf = (~grad_norm.isfinite()).float()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm
 
 
-def hold(weights: dict, accumulate: bool) -> dict:
-    """The same tree of weights as leaves of their own. accumulate: gradients of several batches add up on
-    them, in float32 at least; else they keep the weights' dtype, to which they are cast in the end."""
+def hold(made: tuple[dict, dict], accumulate: bool) -> tuple[dict, dict]:
+    """The same weights and projections as leaves of their own. accumulate: gradients of several batches add
+    up on them, in float32 at least; else they keep the weights' dtype, to which they are cast in the end."""
 
     def leaf(weight: torch.Tensor) -> torch.Tensor:
         held = weight.detach().requires_grad_(weight.requires_grad)
@@ -643,91 +702,54 @@ def hold(weights: dict, accumulate: bool) -> dict:
             held.grad_dtype = torch.promote_types(weight.dtype, torch.float32)
         return held
 
-    return tree_map(leaf, weights)
+    return tree_map(leaf, made)
 
 
-def release(model, weights: dict, held: dict) -> None:
-    """Takes the gradients gathered on `held` back to what is trained, the layers from the last to the first.
+def release(trained: models.StudentWeights, made: tuple[dict, dict], held: tuple[dict, dict]) -> None:
+    """Takes the gradients gathered on `held` back to what trains, the layers from the last to the first.
 
     A unit of layers at a time: a gradient is freed once taken, and under FSDP the gradients of one unit are
     sent while those of the next are computed. Both trees are used up.
     """
-    layers = weights.pop("layers")
-    held_layers = held.pop("layers")
-    for first in reversed(range(0, len(layers), LAYERS_OF_A_UNIT)):
-        # What belongs to no layer goes with the last unit.
-        parts = tree_leaves((weights, layers[first:]))
-        leaves = tree_leaves((held, held_layers[first:]))
+
+    def take_layers(trees: tuple[dict, dict], first: int) -> list[torch.Tensor]:
+        """The tensors of the layers from `first` on, which the trees then lack; with layer 0 all others."""
+        taken = [[tree["layers"].pop() for _ in range(len(tree["layers"]) - first)] for tree in trees]
+        return tree_leaves((taken, trees if first == 0 else ()))
+
+    for first in reversed(range(0, len(trained.layers), LAYERS_OF_A_UNIT)):
+        parts = take_layers(made, first)
+        leaves = take_layers(held, first)
         pairs = [pair for pair in zip(parts, leaves, strict=True) if pair[1].grad is not None]
+        parts = [part for part, _ in pairs]
         gradients = [leaf.grad.to(part.dtype) for part, leaf in pairs]
         for leaf in leaves:
             leaf.grad = None
         if parallel == "fsdp":
             # Before the last one, FSDP must not wait for what it still sends, nor forget what it gathers.
-            model.set_is_last_backward(first == 0)
-        torch.autograd.backward([part for part, _ in pairs], gradients)
-        del layers[first:], held_layers[first:]
-        weights, held = {}, {}
-
-
-def take_step(optimizer, parameters: list[torch.Tensor]) -> torch.Tensor:
-    """Clips, updates and clears the gradients; a gradient that is not finite changes nothing. Returns their
-    norm before clipping."""
-    grad_norm = unshard(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
-    optimizer.found_inf = (~grad_norm.isfinite()).float()  # as GradScaler does: where it is 1, no update
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return grad_norm
-
-
-def add(sums: dict, values: dict, weight: int = 1) -> None:
-    for name, value in values.items():
-        sums[name] = sums.get(name, 0.0) + value.double() * weight
-
-
-def averages(sums: dict[str, torch.Tensor], steps: int) -> dict[str, float | dict]:
-    """What `forward` returned, summed over steps, as means over all ranks; no tokens of a source: no mean."""
-    flat = over_ranks(torch.cat([value.flatten() for value in sums.values()]))
-    parts = flat.split([value.numel() for value in sums.values()])
-    totals = dict(zip(sums, (part.tolist() for part in parts), strict=True))
-    means = {}
-    by_layer = {}
-    for name, values in totals.items():
-        if name.startswith("labels/"):
-            continue
-        labels = totals.get(f"labels/{name[3:]}", [None])[0] if name.startswith("lm/") else steps
-        if labels:
-            means[name] = sum(values) / labels
-        if len(values) > 1:
-            by_layer[name] = [value / steps for value in values]
-    return means | ({"terms_by_layer": by_layer} if by_layer else {})
+            trained.set_is_last_backward(first == 0)
+        torch.autograd.backward(parts, gradients)
 
 
 # ---- evaluation
 
 
 @torch.no_grad()
-def evaluate(model, heldout: Mixture, device: torch.device) -> dict:
+def evaluate(model, heldout: Mixture) -> dict:
     """Means over the first eval_blocks held-out blocks, shared among the ranks; losses at T = 1."""
-    at_temperature_1 = {"temperature": 1.0} if isinstance(model, models.LowRankClone) else {}
-    weights = model(model.dtype)
-    sums = {}
+    made = model.make()
+    metrics = Metrics()
     blocks = min(eval_blocks, heldout.total)
     labels = heldout.count_labels(0, blocks)
     size, _ = split_batch()
-    starts = range(0, blocks, size * WORLD_SIZE)
-    for start in show(starts, desc="evaluating", unit="pass"):
-        first = start + RANK * size
-        count = min(size, blocks - first)
-        is_real = count > 0
-        if not is_real:  # runs along, for those whose weights are sharded
-            first, count = 0, 1
-        _, metrics = forward(
-            model, weights, heldout, first, count, blocks, labels, device, **at_temperature_1
-        )
-        add(sums, metrics, int(is_real))
-    result = averages(sums, 1)
-    return {f"val_{name}": value for name, value in result.items() if name != "loss"}
+    starts = range(RANK * size, blocks, size * WORLD_SIZE)
+    for first in show(starts or [0], desc="evaluating", unit="pass"):
+        run_pass(model, made, heldout, first, min(size, blocks - first), blocks, labels, metrics)
+    if not starts:
+        # With more ranks than blocks this one only ran along, to have the sums that the others have.
+        metrics.sums = {name: [0 * values, 0 * over] for name, (values, over) in metrics.sums.items()}
+    means = metrics.means()
+    return {f"val_{name}": value for name, value in means.items() if name != "loss"}
 
 
 def summary(values: dict) -> str:
@@ -736,9 +758,9 @@ def summary(values: dict) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in scalars.items() if "clone_" not in name)
 
 
-def report_evaluation(model, heldout: Mixture, device: torch.device) -> None:
+def report_evaluation(model, heldout: Mixture) -> None:
     """Evaluates the model, beside its teacher where there is one; prints one line of JSON."""
-    values = evaluate(model, heldout, device)
+    values = evaluate(model, heldout)
     values["val_perplexity"] = math.exp(values["val_lm"])
     if "val_teacher_lm" in values:
         values["val_teacher_perplexity"] = math.exp(values["val_teacher_lm"])
@@ -750,7 +772,7 @@ def report_evaluation(model, heldout: Mixture, device: torch.device) -> None:
 def print_samples(path: Path, tokenizer_dir: str, prompt: str) -> None:
     """Continues the prompt by the model of a checkpoint, and by its teacher."""
     saved = convert.load_checkpoint(path)
-    merged = saved.merge() if isinstance(saved, models.LowRankClone) else saved
+    merged = saved.merge() if isinstance(saved, models.Student) else saved
     speakers = (
         {"model": merged} if teacher is None else {"student": merged, "teacher": load_teacher(torch.float32)}
     )
@@ -774,15 +796,15 @@ TRAJECTORY = (
 
 # options of optimizer and loss, which a resumed run may change, but not without a word
 SCHEDULE = (
-    "max_steps", "epochs", "learning_rate", "free_learning_rate", "lr_schedule", "warmup_ratio",
-    "decay_ratio", "beta1", "beta2", "momentum", "weight_decay", "max_grad_norm",
+    "max_steps", "epochs", "learning_rate", "lr_schedule", "warmup_ratio", "decay_ratio",
+    "beta1", "beta2", "momentum", "weight_decay", "max_grad_norm",
     *(field.name for field in dataclasses.fields(models.LossConfig)),
 )  # fmt: skip
 
 
-def optimizer_state(model, optimizer) -> dict[str, torch.Tensor]:
+def optimizer_state(trained, optimizer) -> dict[str, torch.Tensor]:
     """{parameter.exp_avg and so on: the optimizer's own tensors}, zeros before its first step."""
-    names = {p: name for name, p in trained_parameters(model).items()}
+    names = {p: name for name, p in trained.named_parameters()}
     state = {}
     for group in getattr(optimizer, "groups", ()):
         for p in group["params"]:
@@ -805,9 +827,8 @@ def save_checkpoint(
     path = Path(out_dir) / f"step_{step:08d}"
     partial = path.with_name(path.name + ".partial")
     error = None
-    own = trained_parameters(model) | dict(model.named_buffers())
-    tensors = {name: unshard(tensor.detach()) for name, tensor in own.items()}
-    moments = optimizer_state(model, optimizer)
+    tensors = {name: unshard(tensor) for name, tensor in model.trained.state_dict().items()}
+    moments = optimizer_state(model.trained, optimizer)
     taken = next((int(values["step"]) for values in optimizer.state.values() if "step" in values), 0)
     try:
         if RANK == 0:
@@ -860,14 +881,14 @@ def read_state(path: Path) -> dict:
     return state
 
 
-def load_optimizer(path: Path, model, optimizer, steps: int) -> None:
+def load_optimizer(path: Path, trained, optimizer, steps: int) -> None:
     """Takes the optimizer's state from a checkpoint of any number of ranks, ddp or fsdp."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
     reader = HuggingFaceStorageReader(str(path / "trainer"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        state = optimizer_state(model, optimizer)
+        state = optimizer_state(trained, optimizer)
         load(state, storage_reader=reader, no_dist=not dist.is_initialized())
     for values in optimizer.state.values():
         if "step" in values:
@@ -919,12 +940,12 @@ def shape_of(config: models.ModelConfig) -> str:
 def print_derived(model, train_data: Mixture, steps: int, device: torch.device) -> None:
     """What follows from the options."""
     blocks, passes = split_batch()
-    trained = sum(p.numel() for p in trained_parameters(model).values())
+    trained = sum(p.numel() for p in model.trained.parameters())
     tokens_per_step = round(global_batch_size * train_data.tokens_per_block)
     epochs_taken = steps * global_batch_size / train_data.total
     threads = torch.get_num_threads()
     print0(f"{device.type} x {WORLD_SIZE} ({threads} threads), torch {torch.__version__}, {dtype_on(device)}")
-    if isinstance(model, models.LowRankClone):
+    if model.teacher:
         frozen = sum(p.numel() for p in model.teacher.parameters())
         size = sum(math.prod(shape) for _, shape in convert.weight_names(model.config).values())
         print0(f"teacher: {frozen:,} parameters, frozen; {shape_of(model.teacher.config)}")
@@ -936,7 +957,7 @@ def print_derived(model, train_data: Mixture, steps: int, device: torch.device) 
         f"passes (micro-batches) of {blocks} blocks"
     )
     print0(f"{steps * tokens_per_step:,} tokens in all, {epochs_taken:.2g} epochs of the data")
-    if isinstance(model, models.LowRankClone):
+    if model.teacher:
         print0(
             "in the log: lm is the next-token loss, kl the divergence from the teacher, clone the sum of all "
             "clone losses, teacher_lm the teacher's own lm"
@@ -982,7 +1003,7 @@ def check_options() -> None:
     refuse(f"{counts} max_bad_steps", lambda value: value >= 1, "at least 1")
     weights = "max_steps save_every eval_every lm_weight kl_weight clone_weight weight_decay max_grad_norm"
     refuse(weights, lambda value: value >= 0, "at least 0")
-    refuse("kl_temperature epochs learning_rate free_learning_rate", lambda value: value > 0, "above 0")
+    refuse("kl_temperature epochs learning_rate", lambda value: value > 0, "above 0")
     refuse("student_rms_norm_eps", lambda value: value > 0, "above 0")
     refuse("warmup_ratio decay_ratio", lambda value: 0 <= value <= 1, "from 0 to 1")
     refuse("beta1 beta2 momentum", lambda value: 0 <= value < 1, "from 0 to below 1")
@@ -1039,15 +1060,13 @@ def main() -> None:
     source = last or (convert.resolve(init_from) if init_from else None)
     start_weights(model, train_data, source, device)
     if eval_only:
-        return report_evaluation(model, heldout, device)
-    is_clone = isinstance(model, models.LowRankClone)
-    teacher_print = convert.fingerprint(model.teacher) if is_clone else None  # before it is sharded
+        return report_evaluation(model, heldout)
+    teacher_print = convert.fingerprint(model.teacher) if model.teacher else None
     speed_up(model, device)
-    make_weights = distribute(model, device)
-    optimizer = make_optimizer(model)
+    make_weights = distribute(model.trained, device)
+    optimizer = make_optimizer(model.trained)
     if last:
-        load_optimizer(last, model, optimizer, state["optimizer_steps"])
-    parameters = list(trained_parameters(model).values())
+        load_optimizer(last, model.trained, optimizer, state["optimizer_steps"])
     steps = max_steps or max(1, round(epochs * train_data.total / global_batch_size))
     tokens_per_step = round(global_batch_size * train_data.tokens_per_block)  # with sft on average
     print_derived(model, train_data, steps, device)
@@ -1085,17 +1104,13 @@ def main() -> None:
     saved = None
     stopping = False
     values = {}
-    sums = {}  # of the metrics since the last line of the log
+    metrics = Metrics()  # since the last line of the log
     logged = start
     since = time.perf_counter()
     bad_steps, bad_in_a_row, most_in_a_row = torch.zeros((3,), device=device)
     for step in range(start, steps):
         lr = learning_rate_at(step, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["rate"]
-
-        add(sums, backward_step(model, make_weights, train_data, step, device))
-        grad_norm = take_step(optimizer, parameters)
+        grad_norm = training_step(model, make_weights, optimizer, train_data, step, lr, metrics)
         bad = (~grad_norm.isfinite()).float()
         bad_steps = bad_steps + bad
         bad_in_a_row = (bad_in_a_row + 1) * bad
@@ -1106,7 +1121,7 @@ def main() -> None:
         last_step = done == steps or stopping
         bar.update()
         if done % log_every == 0 or last_step:
-            mean = averages(sums, done - logged)
+            mean = metrics.means()
             speed = (done - logged) * tokens_per_step / (time.perf_counter() - since)
             memory = over_ranks(torch.tensor(peak_memory_gib(device)), dist.ReduceOp.MAX).item()
             mean |= {"grad_norm": grad_norm.item(), "learning_rate": lr, "tokens_per_second": speed}
@@ -1120,11 +1135,11 @@ def main() -> None:
                     f"loss or gradient not finite in {int(most_in_a_row)} steps in a row up to step {done}; "
                     "none of them was taken. A lower learning_rate may help"
                 )
-            sums = {}
+            metrics = Metrics()
             logged = done
             since = time.perf_counter()
         if eval_every and (done % eval_every == 0 or last_step) and not stopping:
-            values = evaluate(model, heldout, device)
+            values = evaluate(model, heldout)
             log(done, values)
             print0(f"step {done}, held out: {summary(values)}")
             since = time.perf_counter()
