@@ -1,17 +1,28 @@
-"""Students of every kind: of projections, of these and free weights, of free weights; cut or whole."""
+"""Students of every kind: of projections or with weights of their own; cut or whole."""
 
 import dataclasses
 
 import pytest
 import torch
-from test_model import TOLERANCE, make_clone, random_batch, random_clone, random_llama, randomise, relative
+from test_model import (
+    TOLERANCE,
+    make_clone,
+    plain_student,
+    random_batch,
+    random_clone,
+    random_llama,
+    randomise,
+    relative,
+    save,
+    trained,
+)
 
 import convert
 import model
+import train
 
 KINDS = {
-    "both": {"train": "both"},
-    "both, untied": {"train": "both", "tie_head_projection": False},
+    "untied": {"tie_head_projection": False},
     "weights": {"train": "weights"},
     "weights, shared": {"train": "weights", "share_qkv": True, "share_gate_up": True},
     "weights, a layer without clone losses": {"train": "weights", "clone_skip_layers": (1,)},
@@ -20,7 +31,7 @@ KINDS = {
     },
     "fewer layers": {"student_layers": (0, 2)},
     "fewer neurons": {"student_intermediate_size": 20, "clone_mlp_out": "teacher"},
-    "fewer of both": {"train": "both", "student_layers": (1, 2), "student_intermediate_size": 20},
+    "fewer of both": {"student_layers": (1, 2), "student_intermediate_size": 20},
     "free and fewer": {"train": "weights", "student_layers": (0, 2), "student_intermediate_size": 20},
 }  # fmt: skip
 
@@ -39,8 +50,9 @@ def test_the_merged_student_is_the_one_that_trains(kind, family):
     clone = student_of(kind, family)
     ids, labels = random_batch(2, 10)
     merged = clone.merge()
-    assert relative(merged.logits(ids), clone.logits(ids)) < TOLERANCE
-    assert relative(merged.loss(ids, labels)["token_lm"], clone.loss(ids, labels)["token_lm"]) < TOLERANCE
+    assert relative(merged(ids), clone(ids)) < TOLERANCE
+    alone = plain_student(merged)
+    assert relative(alone.loss(ids, labels)["token_lm"], clone.loss(ids, labels)["token_lm"]) < TOLERANCE
     assert len(merged.layers) == len(KINDS[kind].get("student_layers", range(3)))
 
 
@@ -48,23 +60,23 @@ def test_the_merged_student_is_the_one_that_trains(kind, family):
 def test_every_trained_tensor_gets_a_gradient(kind):
     clone = student_of(kind, "qwen2")
     clone.loss(*random_batch(2, 10))["loss"].backward()
-    assert not {n for n, p in clone.trained().items() if p.grad is None or not p.grad.abs().max() > 0}
+    assert not {n for n, p in trained(clone).items() if p.grad is None or not p.grad.abs().max() > 0}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_holds_the_whole_student(kind, tmp_path):
     clone = student_of(kind)
-    convert.save_model(clone.teacher, tmp_path / "teacher", torch.float32, None)
-    own = clone.own_state()
+    save(clone.teacher, tmp_path / "teacher")
+    own = clone.trained.state_dict()
     print_of = convert.fingerprint(clone.teacher)
     convert.save_weights(clone, tmp_path / "saved", own, "tokenizer", str(tmp_path / "teacher"), print_of)
     again = make_clone(clone.teacher, 16, **KINDS[kind])
     convert.load_weights(tmp_path / "saved", again)
     for name, tensor in own.items():
-        assert torch.equal(again.own_state()[name], tensor), name
+        assert torch.equal(again.trained.state_dict()[name], tensor), name
     loaded = convert.load_checkpoint(tmp_path / "saved")  # as sample.py and convert.py take it
     ids, _ = random_batch(2, 10)
-    assert relative(loaded.logits(ids), clone.logits(ids)) < TOLERANCE
+    assert relative(loaded(ids), clone(ids)) < TOLERANCE
     assert isinstance(loaded, model.Llama) == (not clone.composes)
 
 
@@ -74,7 +86,7 @@ def test_clone_losses_compare_the_layers_and_neurons_that_are_kept():
     shape = {"student_layers": (0, 2), "student_intermediate_size": 20}
     clone = make_clone(teacher, 32, train="weights", tie_head_projection=False, **shape)
     ids, labels = random_batch(2, 10)
-    model.init_clone(clone, 0, "pca", clone.calibrate(ids))
+    model.init_student(clone, 0, "pca", clone.calibrate(ids))
     terms = clone.loss(ids, labels)["terms"]
     for name in ("q", "k", "v", "attn_out", "gate", "up"):
         assert terms[name][0] < 1e-8, name  # the first layer is whole up to its neurons
@@ -82,12 +94,12 @@ def test_clone_losses_compare_the_layers_and_neurons_that_are_kept():
     assert terms["mlp_out"][0] > 1e-4
     energies = []
     x = teacher.embedding[ids]
-    rope = model.rope_table(teacher.config, torch.arange(10))
-    for layer in teacher.layers:
-        x, a = model.block(x, layer(torch.float32), teacher.config, rope)
+    contexts = model.layer_contexts(teacher.config, torch.arange(10))
+    for weights, context in zip(teacher.weights()["layers"], contexts, strict=True):
+        x, a = model.block(x, weights, teacher.config, context)
         hidden = torch.nn.functional.silu(a["gate"]) * a["up"]
-        energies.append(hidden.square().sum((0, 1)) * layer.down.square().sum(0))
-    for kept, layer in zip((0, 2), clone.layers, strict=True):
+        energies.append(hidden.square().sum((0, 1)) * weights["down"].square().sum(0))
+    for kept, layer in zip((0, 2), clone.trained.layers, strict=True):
         assert layer.neurons.tolist() == sorted(energies[kept].topk(20).indices.tolist())
 
 
@@ -99,8 +111,8 @@ def test_clone_losses_are_scaled_by_the_layer_beside_which_the_student_stands():
         clone = random_clone(teacher, student_layers=(1, 2), clone_scale=scale)
         clone.calibrate(ids)
         terms[scale] = clone.loss(ids, labels)["terms"]
-    walk = model.walk(teacher(torch.float32), ids, teacher.config)
-    activations = [a for _, a in walk][1:]
+    activations = {}
+    teacher(ids, look=lambda i, x, a: activations.update({i: a}))
     for name, values in terms["none"].items():
         squares = torch.stack([activations[k][name].square().mean() for k in (1, 2)])
         assert relative(terms["teacher"][name], values / squares) < TOLERANCE, name
@@ -110,21 +122,21 @@ def test_a_layer_left_out_leaves_the_teacher_without_it():
     teacher = random_llama(num_hidden_layers=3)
     clone = make_clone(teacher, 32, student_layers=(0, 2), tie_head_projection=False)
     ids, _ = random_batch(4, 12)
-    model.init_clone(clone, 0, "pca", clone.calibrate(ids))
+    model.init_student(clone, 0, "pca", clone.calibrate(ids))
     without = model.Llama(dataclasses.replace(teacher.config, num_hidden_layers=2))
     state = {n: w for n, w in teacher.state_dict().items() if not n.startswith("layers.1.")}
     without.load_state_dict({n.replace("layers.2.", "layers.1."): w for n, w in state.items()})
-    assert relative(clone.logits(ids), without.logits(ids)) < TOLERANCE
+    assert relative(clone(ids), without(ids)) < TOLERANCE
 
 
 def test_free_weights_start_from_a_clone(tmp_path):
-    clone = student_of("both")
-    convert.save_model(clone.teacher, tmp_path / "teacher", torch.float32, None)
+    clone = student_of("untied")
+    save(clone.teacher, tmp_path / "teacher")
     convert.save_clone(clone, tmp_path / "clone", str(tmp_path / "teacher"), "tokenizer")
-    free = make_clone(clone.teacher, 16, train="weights")
+    free = make_clone(clone.teacher, 16, train="weights", tie_head_projection=False)
     convert.load_weights(tmp_path / "clone", free)
     ids, labels = random_batch(2, 10)
-    assert relative(free.logits(ids), clone.logits(ids)) < TOLERANCE
+    assert relative(free(ids), clone(ids)) < TOLERANCE
     ours, theirs = free.loss(ids, labels), clone.loss(ids, labels)
     for name, values in theirs["terms"].items():
         assert relative(ours["terms"][name], values) < TOLERANCE, name
@@ -132,7 +144,7 @@ def test_free_weights_start_from_a_clone(tmp_path):
 
 def test_a_clone_of_another_teacher_or_of_other_layers_is_refused(tmp_path):
     clone = student_of("fewer layers")
-    convert.save_model(clone.teacher, tmp_path / "teacher", torch.float32, None)
+    save(clone.teacher, tmp_path / "teacher")
     convert.save_clone(clone, tmp_path / "clone", str(tmp_path / "teacher"), "tokenizer")
     for options in ({"student_layers": (1, 2)}, {"student_layers": (0, 2), "student_rms_norm_eps": 1e-3}):
         with pytest.raises(
@@ -140,43 +152,41 @@ def test_a_clone_of_another_teacher_or_of_other_layers_is_refused(tmp_path):
         ):
             convert.load_weights(tmp_path / "clone", make_clone(clone.teacher, 16, **options))
     with torch.no_grad():
-        clone.teacher.layers[0].q.mul_(2)
+        clone.teacher.layers[0]["q"].mul_(2)
     with pytest.raises(ValueError, match="this run's is not the teacher it was trained with"):
         convert.load_weights(tmp_path / "clone", make_clone(clone.teacher, 16, student_layers=(0, 2)))
 
 
+SHAPES = {  # of any model with the vocabulary: the clone losses that it has, by where the outputs compare
+    "deeper": ({"num_hidden_layers": 5}, "", ""),
+    "shallower": ({"num_hidden_layers": 2, "family": "qwen2"}, "", ""),
+    "fewer heads": ({"num_attention_heads": 2, "head_dim": 8}, "", ""),
+    "narrower": ({"hidden_size": 16, "head_dim": 8}, "q k v gate up", "q k v attn_out gate up mlp_out"),
+    "the same": ({"hidden_size": 32}, "q k v attn_out gate up mlp_out", "q k v attn_out gate up mlp_out"),
+}
+
+
 @pytest.mark.parametrize("space", ["student", "teacher"])
-def test_any_model_with_the_vocabulary_is_a_student(space):
-    """Deeper, shallower, of other heads: by KL and CE, and the clone losses of equal shapes."""
+@pytest.mark.parametrize("name", SHAPES)
+def test_any_model_with_the_vocabulary_is_a_student(name, space):
     teacher = random_llama(num_hidden_layers=3)
-    shapes = {
-        "deeper": ({"num_hidden_layers": 5}, set()),
-        "shallower": ({"num_hidden_layers": 2, "family": "qwen2"}, set()),
-        "narrower": ({"hidden_size": 16, "head_dim": 8}, {"q", "k", "v", "gate", "up"}),
-        "fewer heads": (
-            {"num_attention_heads": 2, "head_dim": 8}, {"k", "v", "attn_out", "gate", "up", "mlp_out"}
-        ),
-    }  # fmt: skip
-    if space == "teacher":  # outputs by the teacher's own o and down: what these read must be equal
-        shapes["narrower"][1].update(("attn_out", "mlp_out"))
-        shapes["fewer heads"][1].remove("attn_out")
+    changes, *expected = SHAPES[name]
+    shape = random_llama(**{"num_hidden_layers": 3, **changes}).config
+    student = model.StudentConfig(0, False, False, True, 1e-5, "weights")
+    losses = make_clone(teacher, 16, clone_attn_out=space, clone_mlp_out=space).loss_config
+    student, losses = train.fit_losses(teacher.config, shape, student, losses)
+    clone = model.Student(shape, teacher, student, losses)
+    randomise(trained(clone).items(), seed=3)
     ids, labels = random_batch(2, 10)
-    for name, (changes, expected) in shapes.items():
-        shape = random_llama(**{"num_hidden_layers": 3, **changes}).config
-        student = model.StudentConfig(0, False, False, True, 1e-5, "weights")
-        losses = make_clone(teacher, 16, clone_attn_out=space, clone_mlp_out=space).loss_config
-        reasons = model.terms_without_equal_shapes(teacher.config, shape, student, losses)
-        losses = dataclasses.replace(losses, clone_skip=tuple(reasons))
-        clone = model.LowRankClone(teacher, student, losses, shape)
-        randomise(clone.trained().items(), seed=3)
-        result = clone.loss(ids, labels)
-        assert set(result["terms"]) == expected, name
-        assert relative(result["token_lm"], clone.merge().loss(ids, labels)["token_lm"]) < TOLERANCE
-        kl = torch.nn.functional.kl_div(
-            (clone.logits(ids) / 40).log_softmax(-1), (teacher.logits(ids) / 40).log_softmax(-1),
-            reduction="none", log_target=True,
-        ).sum(-1).mean()  # fmt: skip
-        assert relative(result["kl"], kl) < 1e-3, name  # a small difference of large sums in float32 here
+    result = clone.loss(ids, labels)
+    assert list(result["terms"]) == expected[space == "teacher"].split()
+    alone = plain_student(clone.merge()).loss(ids, labels)["token_lm"]
+    assert relative(result["token_lm"], alone) < TOLERANCE
+    kl = torch.nn.functional.kl_div(
+        (clone(ids) / 40).log_softmax(-1), (teacher(ids) / 40).log_softmax(-1),
+        reduction="none", log_target=True,
+    ).sum(-1).mean()  # fmt: skip
+    assert relative(result["kl"], kl) < 1e-3  # a small difference of large sums in float32 here
 
 
 def test_shapes_that_do_not_fit_are_refused():
