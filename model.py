@@ -397,9 +397,9 @@ class ChunkedLoss(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)  # float32, or float64 to check gradients in
         names = ("lm", "kl", "teacher_lm", "agreement")
         costs = {name: hidden.new_zeros(tokens, dtype=wide) for name in names}
-        needs_hidden, needs_head = ctx.needs_input_grad[:2]
-        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
-        head_grad = torch.zeros_like(head, dtype=wide) if needs_head else None
+        trains = any(ctx.needs_input_grad)
+        hidden_grad = torch.empty_like(hidden) if trains else None
+        head_grad = torch.zeros_like(head, dtype=wide) if trains else None
         # On a CPU the vocabulary is the logits' outer dimension: their products are up to a third faster.
         outer = hidden.device.type == "cpu"
 
@@ -407,40 +407,34 @@ class ChunkedLoss(torch.autograd.Function):
             return product(weight, x.T).T if outer else product(x, weight.T)
 
         def run(rows: slice) -> None:
-            z = logits(hidden[rows], head)
+            """A function, so that the logits of a chunk are freed before the next one's are made."""
+            z = logits(hidden[rows], head).requires_grad_(trains)
             teacher_z = None if teacher_hidden is None else logits(teacher_hidden[rows], teacher_head)
-            with torch.set_grad_enabled(needs_hidden or needs_head):
-                z.requires_grad_(needs_hidden or needs_head)
+            with torch.set_grad_enabled(trains):
                 chunk_costs = loss_function(z, labels[rows], teacher_z, temperature)
                 loss = lm_scale * chunk_costs["lm"].sum()
                 if teacher_z is not None:
                     loss = loss + kl_scale * temperature**2 * chunk_costs["kl"].sum()
             for name, values in chunk_costs.items():
                 costs[name][rows] = values.detach()
-            if not loss.requires_grad:
-                return
-            grad = torch.autograd.grad(loss, z)[0].to(hidden.dtype)
-            if needs_hidden:
+            if trains:
+                grad = torch.autograd.grad(loss, z)[0].to(hidden.dtype)
                 hidden_grad[rows] = grad @ head
-            if needs_head:
                 accumulate_product(head_grad, grad.T, hidden[rows])
 
         for start in range(0, tokens, chunk):
             run(slice(start, start + chunk))
-        ctx.grads = hidden_grad, None if head_grad is None else head_grad.to(head.dtype)
+        ctx.grads = (hidden_grad, head_grad.to(head.dtype)) if trains else None
         ctx.mark_non_differentiable(*costs.values())
         loss = lm_scale * costs["lm"].sum() + kl_scale * temperature**2 * costs["kl"].sum()
         return loss, *costs.values()
 
     @staticmethod
     def backward(ctx, scale, *_):
+        assert ctx.grads is not None, "backward runs once: it gives its buffers away"
         hidden_grad, head_grad = ctx.grads
-        assert not (hidden_grad is None and head_grad is None), (
-            "backward runs once: it gives its buffers away"
-        )
-        ctx.grads = None, None
-        scaled = (None if grad is None else grad.mul_(scale) for grad in (hidden_grad, head_grad))
-        return *scaled, None, None, None, None, None, None
+        ctx.grads = None
+        return hidden_grad.mul_(scale), head_grad.mul_(scale), None, None, None, None, None, None
 
 
 def loss_chunk(vocab_size: int, device: torch.device) -> int:

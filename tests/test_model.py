@@ -154,8 +154,8 @@ FAMILIES = {
     "qwen2": {"family": "qwen2"},
     "qwen2, tied": {"family": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"family": "qwen3", "head_dim": 16},
-    "smollm3": {"family": "smollm3", "attention_bias": True, "no_rope_layer_interval": 2},
-    "smollm3, by a list": {"family": "smollm3", "no_rope_layers": [0, 1]},
+    "smollm3": {"family": "smollm3", "attention_bias": True, "no_rope_layer_interval": 2, "pad_token_id": 0},
+    "smollm3, by a list": {"family": "smollm3", "no_rope_layers": [0, 1], "pad_token_id": 0},
 }
 LOGIT_TOLERANCE = 1e-4  # absolute, on logits of about 1 to 10: float32 in another order
 
