@@ -166,14 +166,15 @@ REWRITTEN = ("rope_parameters", "dtype", "transformers_version", "_name_or_path"
 def to_hf(config: ModelConfig, weights_dtype: torch.dtype) -> dict:
     """A config.json that transformers 4 and 5 both read right: the one it came from, with its own sizes."""
     hf = {field: value for field, value in config.hf.items() if field not in REWRITTEN}
-    own = dataclasses.asdict(config)
+    hf |= dataclasses.asdict(config)
     for field in ("qkv_bias", "o_bias", "qk_norm", "hf"):
-        del own[field]
-    hf |= own
-    hf |= {"architectures": [ARCHITECTURES[config.model_type]], "hidden_act": "silu"}
+        del hf[field]
+    hf["architectures"] = [ARCHITECTURES[config.model_type]]
+    hf["hidden_act"] = "silu"
+    hf["torch_dtype"] = str(weights_dtype).removeprefix("torch.")
     if config.model_type in ("llama", "qwen3"):
         hf["attention_bias"] = config.o_bias
-    return hf | {"torch_dtype": str(weights_dtype).removeprefix("torch.")}
+    return hf
 
 
 def weight_names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -319,8 +320,8 @@ def save_model(
     names = weight_names(model.config)
     tensors = {name: state[ours].to(dtype).contiguous() for name, (ours, _) in names.items()}
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=int(max_shard_bytes))
-    for file, names in split.filename_to_tensors.items():
-        write_tensors({name: tensors[name] for name in names}, path / file)
+    for file, held in split.filename_to_tensors.items():
+        write_tensors({name: tensors[name] for name in held}, path / file)
     if split.is_sharded:
         write_json(path / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
@@ -332,9 +333,10 @@ def save_model(
         ends = eos_ids(generation.get("eos_token_id")) | eos_ids(model.config.eos_token_id)
         generation["eos_token_id"] = sorted(ends.union(turn_ends))
     write_json(path / "generation_config.json", generation)
-    for file in (file for name in TOKENIZER_FILES for file in source.glob(name) if source != path):
-        (path / file.relative_to(source)).parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, path / file.relative_to(source))
+    for pattern in TOKENIZER_FILES if tokenizer else ():
+        for file in source.glob(pattern):
+            (path / file.relative_to(source)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, path / file.relative_to(source))
     make_tokenizer_portable(path / "tokenizer_config.json")
 
 
