@@ -81,14 +81,13 @@ DEFAULTS = {
     },
 }  # fmt: skip
 # Fields of config.json that this code does not compute: the values that leave them without effect, and what a
-# user is told. A field that is absent is all right.
+# user is told. An absent field has the first of them.
 ALLOWED = {
     "num_local_experts": ((None, 0), "dense models only"),
     "num_experts": ((None, 0), "dense models only"),
     "quantization_config": ((None,), "unquantised weights only"),
     "hidden_act": (("silu", "swish"), "silu"),
     "mlp_bias": ((None, False), "no bias in the FFN"),
-    "partial_rotary_factor": ((None, 1, 1.0), "1.0"),
 }
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 INDEX = "model.safetensors.index.json"
@@ -100,45 +99,49 @@ ROPE_FIELDS = {
 }
 
 
-# ---- config.json
-
-
 def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
     """Reads a config.json of transformers 4 or 5; ValueError names a field that is not supported."""
 
-    def refuse(field, value, allowed):
-        raise ValueError(f"{source}: {field} is {value!r}; this code supports {allowed}")
+    def require(is_right, field, value, allowed):
+        if not is_right:
+            raise ValueError(f"{source}: {field} is {value!r}; this code supports {allowed}")
 
     family = hf.get("model_type")
-    if family not in ARCHITECTURES:
-        refuse("model_type", family, " | ".join(ARCHITECTURES))
+    require(family in ARCHITECTURES, "model_type", family, " | ".join(ARCHITECTURES))
     hf = DEFAULTS.get(family, {}) | hf
     for field, (values, allowed) in ALLOWED.items():
-        if field in hf and hf[field] not in values:
-            refuse(field, hf[field], allowed)
+        require(hf.get(field, values[0]) in values, field, hf.get(field), allowed)
     for field in SIZES:
-        if not isinstance(hf.get(field), int) or hf[field] < 1:
-            refuse(field, hf.get(field), "a positive integer")
-    if hf["num_hidden_layers"] > MOST_LAYERS:
-        refuse("num_hidden_layers", hf["num_hidden_layers"], f"at most {MOST_LAYERS}")
-    refuse_sliding_windows(hf, family, refuse)
+        size = hf.get(field)
+        require(isinstance(size, int) and size >= 1, field, size, "a positive integer")
+    layers = hf["num_hidden_layers"]
+    require(layers <= MOST_LAYERS, "num_hidden_layers", layers, f"at most {MOST_LAYERS}")
 
-    # transformers 5 writes rope_parameters, 4 rope_theta and rope_scaling
+    # Attention must reach over the whole context. A Mistral has a window unless its config says null.
+    full = "full attention in every layer (sliding_window null)"
+    is_mistral = family == "mistral"
+    layer_types = hf.get("layer_types") or ()
+    require("sliding_attention" not in layer_types, "layer_types", "sliding_attention", full)
+    if is_mistral:
+        require("sliding_window" in hf, "sliding_window", "not given, which means 4096", full)
+    window = hf.get("sliding_window")
+    if window is not None and hf.get("use_sliding_window", is_mistral):
+        require(window >= hf.get("max_position_embeddings", 0), "sliding_window", window, full)
+
+    # transformers 5 writes rope_parameters, 4 rope_theta and rope_scaling.
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     rope_theta = rope.pop("rope_theta", None) or hf.get("rope_theta", 10000.0)
-    rope_type = rope.pop("rope_type", None) or rope.get("type", "default")
-    rope.pop("type", None)
+    older_type = rope.pop("type", "default")
+    rope_type = rope.pop("rope_type", None) or older_type
     rms_norm_eps = hf.get("rms_norm_eps", 1e-6)
     for field, value in (("rms_norm_eps", rms_norm_eps), ("rope_theta", rope_theta)):
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
-            refuse(field, value, "a positive number")
-    if rope_type not in ROPE_FIELDS:
-        refuse("rope_scaling type", rope_type, " | ".join(ROPE_FIELDS))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        refuse("partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
+        require(isinstance(value, int | float) and 0 < value < math.inf, field, value, "a positive number")
+    require(rope_type in ROPE_FIELDS, "rope_scaling type", rope_type, " | ".join(ROPE_FIELDS))
     for field in ROPE_FIELDS[rope_type]:
-        if field not in rope:
-            refuse(f"rope_scaling {field}", None, "a number there")
+        require(field in rope, f"rope_scaling {field}", None, "a number there")
+    for place in (hf, rope):
+        rotated = place.get("partial_rotary_factor")
+        require(rotated in (None, 1), "partial_rotary_factor", rotated, "1.0")
 
     heads = hf["num_attention_heads"]
     key_value_heads = hf.get("num_key_value_heads") or heads
@@ -149,10 +152,9 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
         every = [int(i % interval != 0) for i in range(1, hf["num_hidden_layers"] + 1)]
         no_rope_layers = tuple(hf.get("no_rope_layers") or every)
     biased = bool(hf.get("attention_bias", False))
-    if heads % key_value_heads:
-        refuse("num_key_value_heads", key_value_heads, f"a divisor of num_attention_heads {heads}")
-    if head_dim % 2 or head_dim < 2:
-        refuse("head_dim", head_dim, "a positive even number")
+    divisor = f"a divisor of num_attention_heads {heads}"
+    require(heads % key_value_heads == 0, "num_key_value_heads", key_value_heads, divisor)
+    require(head_dim % 2 == 0 and head_dim >= 2, "head_dim", head_dim, "a positive even number")
     return ModelConfig(
         model_type=family,
         **{field: hf[field] for field in SIZES},
@@ -162,7 +164,7 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
         rope_theta=float(rope_theta),
         rope_scaling=None if rope_type == "default" else {"rope_type": rope_type, **rope},
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
-        qkv_bias=family == "qwen2" or (family != "mistral" and biased),
+        qkv_bias=family == "qwen2" or (biased and not is_mistral),
         o_bias=family in BIASES_OF_ALL and biased,
         qk_norm=family == "qwen3",
         no_rope_layers=no_rope_layers,
@@ -173,18 +175,6 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
     )
 
 
-def refuse_sliding_windows(hf: dict, family: str, refuse) -> None:
-    """Attention must reach over the whole context in every layer."""
-    if "sliding_attention" in (hf.get("layer_types") or ()):
-        refuse("layer_types", "sliding_attention", "full attention in every layer")
-    if family == "mistral" and "sliding_window" not in hf:
-        refuse("sliding_window", "not given, which means 4096", "full attention (sliding_window null)")
-    window = hf.get("sliding_window")
-    in_use = hf.get("use_sliding_window", family == "mistral")
-    if in_use and window is not None and window < hf.get("max_position_embeddings", 0):
-        refuse("sliding_window", window, "full attention in every layer (sliding_window null)")
-
-
 # Fields of the source's config.json that an export writes anew, or that only transformers 5 reads
 REWRITTEN = ("rope_parameters", "dtype", "transformers_version", "_name_or_path", "layer_types")
 
@@ -192,16 +182,17 @@ REWRITTEN = ("rope_parameters", "dtype", "transformers_version", "_name_or_path"
 def to_hf(config: ModelConfig, weights_dtype: torch.dtype) -> dict:
     """A config.json that transformers 4 and 5 both read right: the one it came from, with its own sizes."""
     hf = {field: value for field, value in config.hf.items() if field not in REWRITTEN}
-    own = dataclasses.asdict(config)
+    hf |= dataclasses.asdict(config)
     for field in ("qkv_bias", "o_bias", "qk_norm", "hf"):
-        del own[field]
+        del hf[field]
     if config.no_rope_layers is None:
-        del own["no_rope_layers"]
-    hf |= own
-    hf |= {"architectures": [ARCHITECTURES[config.model_type]], "hidden_act": "silu"}
+        del hf["no_rope_layers"]
+    hf["architectures"] = [ARCHITECTURES[config.model_type]]
+    hf["hidden_act"] = "silu"
+    hf["torch_dtype"] = str(weights_dtype).removeprefix("torch.")
     if config.model_type in BIASES_OF_ALL:
         hf["attention_bias"] = config.o_bias
-    return hf | {"torch_dtype": str(weights_dtype).removeprefix("torch.")}
+    return hf
 
 
 def weight_names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -217,16 +208,11 @@ def weight_names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     return names
 
 
-# ---- files
-
-
 def read_config(path: str | Path) -> ModelConfig:
     """The config of a Hugging Face directory; ValueError when there is none or it is not supported."""
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; get a model with: hf download NAME --local-dir {path}")
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path} has no config.json; a model is a Hugging Face directory")
     config = from_hf(read_json(path / "config.json"), str(path / "config.json"))
     if config.tie_word_embeddings and has_head_of_its_own(path):
         config = dataclasses.replace(config, tie_word_embeddings=False)
@@ -250,23 +236,23 @@ def has_head_of_its_own(path: Path) -> bool:
     if not any((path / name).is_file() for name in ("model.safetensors", INDEX)):
         return False
     found = tensor_slices(weight_files(path))
-    if not all(name in found for name in names) or found[names[0]][1] != found[names[1]][1]:
+    if not all(name in found for name in names):
         return False
-    embedding, head = (found[name][0].get_slice(name) for name in names)
-    rows = range(0, found[names[0]][1][0], 4096)
-    if all(torch.equal(embedding[row : row + 4096], head[row : row + 4096]) for row in rows):
+    embedding, head = (found[name][0].get_tensor(name) for name in names)
+    if embedding.shape != head.shape or torch.equal(embedding, head):
         return False
     say(f"{path}: config.json says tie_word_embeddings, but {names[1]} is not the embedding: read as untied")
     return True
 
 
 def weight_files(path: Path) -> list[Path]:
+    """The files of a directory's weights; ValueError where one is not there."""
     index = path / INDEX
-    whole = path / "model.safetensors"
-    names = {whole.name}
+    names = {"model.safetensors"}
+    is_whole = (path / "model.safetensors").is_file()
     # As transformers chooses where both are there.
-    if whole.is_file() and index.is_file():
-        say(f"{path} has {whole.name} and {index.name}: the first is read, as transformers does")
+    if is_whole and index.is_file():
+        say(f"{path} has model.safetensors and {INDEX}: the first is read, as transformers does")
     elif index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -276,8 +262,7 @@ def weight_files(path: Path) -> list[Path]:
         if Path(name).name != name:
             raise ValueError(f"{index} names {name}, which is not a file of its directory")
         if not (path / name).is_file():
-            why = f", but {index.name} names it" if index.is_file() else ""
-            raise ValueError(f"{path / name} does not exist{why}")
+            raise ValueError(f"{path / name} does not exist")
     return [path / name for name in sorted(names)]
 
 
@@ -293,9 +278,7 @@ def tensor_slices(files: list[Path]) -> dict:
     return found
 
 
-def read_tensors(
-    files: list[Path], expected: dict[str, tuple[int, ...]], ignored=(), dtype=None
-) -> dict[str, Tensor]:
+def read_tensors(files: list[Path], expected: dict[str, tuple], ignored=(), dtype=None) -> dict[str, Tensor]:
     """The tensors of safetensors files, which must have exactly the expected names and shapes; names that end
     in one of `ignored`, and known leftovers, may be there.
 
@@ -318,21 +301,14 @@ def read_tensors(
     return tensors
 
 
-# ---- plain models: Hugging Face directories
-
-
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
     """A Llama from a Hugging Face directory, its weights in `dtype`; strict, see read_tensors."""
     path = Path(path)
     config = read_config(path)
-    files = weight_files(path)
-    # A number of layers that no file of this size can hold is refused before their names are written out.
-    if config.num_hidden_layers > len(tensor_slices(files)):
-        raise ValueError(f"{path}: num_hidden_layers is {config.num_hidden_layers}; its weights hold fewer")
     names = weight_names(config)
     ignored = (MODEL_NAMES["head"],) if config.tie_word_embeddings else ()
     expected = {name: shape for name, (_, shape) in names.items()}
-    tensors = read_tensors(files, expected, ignored, dtype)
+    tensors = read_tensors(weight_files(path), expected, ignored, dtype)
     with torch.device("meta"):
         model = Llama(config)
     state = {names[name][0]: tensor for name, tensor in tensors.items()}
@@ -348,13 +324,16 @@ TOKENIZER_FILES = (
 
 
 def save_model(
-    config: ModelConfig, state: dict[str, Tensor], path: Path, dtype: torch.dtype,
-    tokenizer: str | Path | None, max_shard_bytes=5 * 10**9, turn_ends: tuple[int, ...] = (),
+    model: Llama | Student, path: Path, dtype: torch.dtype, tokenizer: str | Path | None,
+    max_shard_bytes=5 * 10**9, state: dict[str, Tensor] | None = None, turn_ends: tuple[int, ...] = (),
 ):  # fmt: skip
     """Writes a Hugging Face directory for transformers 4 and 5, with `tokenizer`'s files.
 
-    state: Llama's state_dict. turn_ends: tokens that end a reply, at which generate() is to stop too.
+    state: of a student the weights of its own, whole. turn_ends: tokens that end a reply, at which generate()
+    is to stop too.
     """
+    config = model.config
+    state = state or model.state_dict()
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / "config.json", to_hf(config, dtype))
     shards = [{}]
@@ -372,7 +351,7 @@ def save_model(
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(path / "model.safetensors.index.json", index)
+        write_json(path / INDEX, index)
     for file, shard in zip(files, shards, strict=True):
         write_tensors(shard, path / file)
 
@@ -384,9 +363,10 @@ def save_model(
         ends = eos_ids(generation.get("eos_token_id")) | eos_ids(config.eos_token_id)
         generation["eos_token_id"] = sorted(ends.union(turn_ends))
     write_json(path / "generation_config.json", generation)
-    for file in (file for name in TOKENIZER_FILES for file in source.glob(name) if source != path):
-        (path / file.relative_to(source)).parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, path / file.relative_to(source))
+    for pattern in TOKENIZER_FILES if tokenizer else ():
+        for file in source.glob(pattern):
+            (path / file.relative_to(source)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, path / file.relative_to(source))
     make_tokenizer_portable(path / "tokenizer_config.json")
 
 
@@ -419,8 +399,6 @@ def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 PROJECTIONS_FILE = "projections.safetensors"
-
-# ---- clones: the trained tensors, and a config.json that says what else is needed
 
 
 def fingerprint(model: Llama) -> str:
@@ -464,16 +442,18 @@ def clone_directories(path: Path, teacher: str | None = None) -> tuple[str, str 
     None where a tokenizer that is not the teacher's is gone.
     """
     config = read_json(path / "config.json")
-    if teacher is None:
-        places = (config["teacher"], config["teacher_absolute"])
-        teacher = next((place for place in places if Path(place).is_dir()), None)
+
+    def find(name):
+        places = (config[name], config.get(f"{name}_absolute"))
+        return next((place for place in places if place and Path(place).is_dir()), None)
+
+    teacher = teacher or find("teacher")
     if teacher is None:
         was = config["teacher"]
         raise ValueError(f"{path}: its teacher {was} is not there; say where with --teacher=DIR")
     if config["tokenizer"] == config["teacher"]:
         return teacher, teacher
-    places = (config["tokenizer"], config.get("tokenizer_absolute") or config["tokenizer"])
-    return teacher, next((place for place in places if Path(place).is_dir()), None)
+    return teacher, find("tokenizer")
 
 
 def read_student_config(path: Path) -> StudentConfig:
@@ -507,9 +487,6 @@ def load_clone(path: str | Path, dtype=torch.float32, teacher: str | None = None
     tensors = read_tensors([path / "model.safetensors"], expected)
     clone.trained.load_state_dict(tensors, assign=True)
     return clone
-
-
-# ---- either
 
 
 def is_clone(path: Path) -> bool:
@@ -549,7 +526,7 @@ def save_weights(
     if model.composes:
         save_clone(model, path, teacher, tokenizer, tensors, teacher_fingerprint)
         return
-    save_model(model.config, tensors, path, torch.float32, tokenizer, turn_ends=turn_ends)
+    save_model(model, path, torch.float32, tokenizer, state=tensors, turn_ends=turn_ends)
     plain = [name for name, _ in weight_names(model.config).values()]
     others = {name: tensor for name, tensor in tensors.items() if name not in plain}
     if others:
@@ -621,25 +598,19 @@ def newest_whole(found: list[Path]) -> Path | None:
             tensor_slices([*weight_files(path), *(path / "trainer").glob("*.safetensors")])
             return path
         except ValueError as error:
-            if FIRST:
-                print(f"passing over {path}: {error}", file=sys.stderr)
+            say(f"passing over {path}: {error}")
     return None
 
 
 def resolve(path: str | Path) -> Path:
     """A Hugging Face directory or a checkpoint as it is; of an out_dir, its newest whole one."""
     path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"{path} is no directory; give a Hugging Face directory, a checkpoint or an out_dir")
     if (path / "config.json").is_file():
         return path
     newest = newest_whole(checkpoints(path))
     if newest is None:
         raise ValueError(f"{path} has neither a config.json nor a whole checkpoint (step_*)")
     return newest
-
-
-# ---- the export
 
 
 def as_llama(student: Llama) -> Llama:
@@ -700,31 +671,32 @@ pipeline_tag: text-generation
 
 def write_model_card(path: Path, name: str, student: Llama, source: Path, teacher: str | None) -> None:
     """README.md of an export to `path`, with the licence of its teacher, or of what it was made from."""
-    run = {}
+    options = {}
     training = ""
     if (source / "trainer/state.json").is_file():
         state = read_json(source / "trainer/state.json")
-        run = state["options"]
+        options = state["options"]
         training = describe_training(source.parent / "metrics.jsonl", state["step"])
-    distilled = teacher or run.get("teacher")
-    made_from = distilled or (run.get("init_from") if run else source)
     origin = "Trained from scratch."
-    licence = []
-    if made_from:
-        kind = "Distilled from" if distilled else "Made from"
-        if teacher:
-            kind = "A low-rank clone (https://arxiv.org/abs/2505.12781) of"
-        origin = f"{kind} {Path(made_from).resolve().name}."
-        licence = copy_licence(Path(made_from), path)
-    options = "".join(f"    {option} = {value!r}\n" for option, value in run.items())
+    licence = ""
+    for kind, directory in (
+        ("A low-rank clone (https://arxiv.org/abs/2505.12781) of", teacher),
+        ("Distilled from", options.get("teacher")),
+        ("Made from", options.get("init_from", source)),
+    ):
+        if directory:
+            origin = f"{kind} {Path(directory).resolve().name}."
+            licence = copy_licence(Path(directory), path)
+            break
+    lines = "".join(f"    {option} = {value!r}\n" for option, value in options.items())
     card = CARD.format(
-        licence="".join(line + "\n" for line in licence),
+        licence=licence,
         name=name,
         origin=origin,
         count=sum(weight.numel() for weight in student.parameters()),
         shape=student.config,
         training=training,
-        options=f"\nThe options of its run:\n\n{options}" if run else "",
+        options=f"\nThe options of its run:\n\n{lines}" if options else "",
     )
     (path / "README.md").write_text(card, encoding="utf-8")
 
@@ -735,9 +707,8 @@ def describe_training(log: Path, last_step: int) -> str:
         return ""
     tokens = 0
     losses = ""
-    for text in log.read_text().splitlines(keepends=True):
-        # a kill can cut the last line short
-        line = json.loads(text) if text.endswith("\n") else {"step": math.inf}
+    # The last line has no end where a kill cut it short.
+    for line in map(json.loads, log.read_text().split("\n")[:-1]):
         if line["step"] > last_step:
             break
         tokens = line["tokens"]
@@ -748,17 +719,17 @@ def describe_training(log: Path, last_step: int) -> str:
     return f"\nTrained for {last_step:,} steps, {tokens:,} tokens.\n{losses}\n"
 
 
-def copy_licence(source: Path, target: Path) -> list[str]:
+def copy_licence(source: Path, target: Path) -> str:
     """Copies LICENSE files; returns the licence's lines for the front matter of a model card."""
-    licence = []
+    lines = []
     if (source / "README.md").is_file():
         card = (source / "README.md").read_text(encoding="utf-8", errors="replace")
         front_matter = card.split("\n---")[0]
-        licence = [line for line in front_matter.splitlines() if line.startswith("license")]
+        lines = [line for line in front_matter.splitlines() if line.startswith("license")]
     for file in sorted(source.glob("LICENSE*")):
         shutil.copyfile(file, target / file.name)
-        licence = licence or ["license: other", "license_name: see-file", f"license_link: {file.name}"]
-    return licence
+        lines = lines or ["license: other", "license_name: see-file", f"license_link: {file.name}"]
+    return "".join(line + "\n" for line in lines)
 
 
 @torch.no_grad()
@@ -770,9 +741,7 @@ def main() -> None:
         raise ValueError(f"max_shard_gb is {max_shard_gb}; it must be above 0")
     source = resolve(checkpoint)
     if "model.zoom.weight" in tensor_slices(weight_files(source)):
-        raise ValueError(
-            f"{source} is of the authors' code; make a checkpoint of it by tools/from_authors.py"
-        )
+        raise ValueError(f"{source} is of the authors' code; convert it by tools/from_authors.py first")
     tokenizer = tokenizer_directory(source, teacher)
     its_teacher = clone_directories(source, teacher)[0] if is_clone(source) else None
     original = load_checkpoint(source, teacher)
@@ -786,28 +755,25 @@ def main() -> None:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     stored = getattr(torch, dtype)
-    save_model(student.config, student.state_dict(), partial, stored, tokenizer, max_shard_gb * 10**9)
+    save_model(student, partial, stored, tokenizer, max_shard_gb * 10**9)
 
     # Exact but for the rounding to `dtype`, which has a limit of its own.
     rounded = student.to(stored).to(torch.float32)(ids)
     written = load_model(partial)(ids)
-    exact = largest_difference(rounded, written)
-    against = f"{source}'s"
     theirs = transformers_logits(partial, ids[:1])
-    if theirs is None:
-        against += ", by this code alone: transformers is not installed"
-    else:
+    exact = largest_difference(rounded, written)
+    against = f"{source}'s, by this code alone: transformers is not installed"
+    if theirs is not None:
         their_difference = largest_difference(rounded[:1], theirs)
         exact = max(exact, their_difference)
-        against += f", and transformers' of {out} within {their_difference:.1e}"
+        against = f"{source}'s, and transformers' of {out} within {their_difference:.1e}"
     rounding = largest_difference(expected, written)
     limit = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}[dtype]
     if not (exact <= 1e-4 and rounding <= limit):  # a NaN is neither
         shutil.rmtree(partial)
-        raise ValueError(
-            f"the logits of what was written differ by {max(exact, rounding):.1e}, compared with {against}; "
-            f"{out} is not kept"
-        )
+        difference = f"{max(exact, rounding):.1e}, compared with {against}"
+        raise ValueError(f"the logits of what was written differ by {difference}; {out} is not kept")
+
     write_model_card(partial, target.resolve().name, student, source, its_teacher)
     partial.rename(target)
     count = sum(weight.numel() for weight in student.parameters())

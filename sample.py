@@ -32,7 +32,6 @@ if __name__ == "__main__":
     configure(globals(), log=sys.stderr)  # stdout is for the text
 
 import contextlib
-import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,18 +40,9 @@ import torch
 import torch.nn.functional as F
 
 import convert
+import prepare
 from configurator import choose_device, fail, need_compiler, read_json
 from model import Llama, ModelConfig, Student, head_of, hidden_states, layer_contexts
-from prepare import (
-    MARK,
-    break_specials,
-    chat_template,
-    encode_rendered,
-    encode_text,
-    load_tokenizer,
-    special_ids,
-    special_pattern,
-)
 
 
 def pick(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator) -> torch.Tensor:
@@ -146,8 +136,8 @@ def ending_ids(eos: int | None, config: ModelConfig, directory: str) -> tuple[in
     """The ids that end a text: the tokenizer's, the model's and generation_config.json's EOS."""
     file = Path(directory) / "generation_config.json"
     generation = read_json(file) if file.is_file() else {}
-    ids = convert.eos_ids(generation.get("eos_token_id")) | convert.eos_ids(config.eos_token_id)
-    return tuple(ids | convert.eos_ids(eos))
+    named = (eos, config.eos_token_id, generation.get("eos_token_id"))
+    return tuple(set().union(*map(convert.eos_ids, named)))
 
 
 def turn_end_ids(tokens, directory: str) -> tuple[int, ...]:
@@ -155,17 +145,16 @@ def turn_end_ids(tokens, directory: str) -> tuple[int, ...]:
 
     ValueError where there is no template, or none that renders a question with its answer.
     """
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
-    after = chat_template(directory)(chat).partition(MARK)[2].lstrip()
-    ids = encode_text(tokens, after, special_tokens=True)[:1]
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": prepare.MARK}]
+    after = prepare.chat_template(directory)(chat).partition(prepare.MARK)[2].lstrip()
+    ids = prepare.encode_text(tokens, after, special_tokens=True)[:1]
     return tuple(i for i in ids if i in tokens.get_added_tokens_decoder())
 
 
 def encode_chat(tokens, render, messages: list[dict]) -> list[int]:
     """The ids of a chat up to the assistant's next turn; only the template's own marks are special tokens."""
-    special = special_pattern(tokens)
-    safe = [{**message, "content": break_specials(special, message["content"])} for message in messages]
-    return encode_rendered(tokens, render(safe, add_generation_prompt=True))
+    safe = prepare.break_specials(prepare.special_pattern(tokens), messages)
+    return prepare.encode_rendered(tokens, render(safe, add_generation_prompt=True))
 
 
 def stream(llama: Llama, tokens, ids: list[int], seed: int, stop_ids: tuple[int, ...]) -> list[int]:
@@ -188,7 +177,7 @@ def stream(llama: Llama, tokens, ids: list[int], seed: int, stop_ids: tuple[int,
 def converse(llama: Llama, tokens, render, stop_ids: tuple[int, ...]) -> None:
     """A chat in the terminal, a line a turn; its oldest turns are forgotten when the context is full."""
     with contextlib.suppress(ImportError):  # not on Windows
-        importlib.import_module("readline")  # input() then edits its line and knows those before
+        import readline  # noqa: F401, input() then edits its line and knows those before
     instructions = [{"role": "system", "content": system}] if system else []
     history = []
     room = llama.config.max_position_embeddings - max_new_tokens
@@ -201,14 +190,12 @@ def converse(llama: Llama, tokens, render, stop_ids: tuple[int, ...]) -> None:
             print()
             continue
         except EOFError:
-            line = ""
+            return
         if not line:
             return
         history.append({"role": "user", "content": line})
-        ids = encode_chat(tokens, render, instructions + history)
-        while len(ids) > room and len(history) > 1:
+        while len(ids := encode_chat(tokens, render, instructions + history)) > room and len(history) > 1:
             del history[:2]
-            ids = encode_chat(tokens, render, instructions + history)
         reply = stream(llama, tokens, ids, seed + turn, stop_ids)
         history.append({"role": "assistant", "content": tokens.decode(reply).strip()})
         turn += 1
@@ -221,11 +208,10 @@ def check_options() -> None:
             raise ValueError(f"{name} is {globals()[name]}; it must be at least {least}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
-    for name in ("prompt", "system"):
-        try:
-            globals()[name].encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{name} is not UTF-8: {globals()[name]!r}") from None
+    # Python reads a byte that is not UTF-8 as half a surrogate pair, which cannot be encoded.
+    for name, text in (("prompt", prompt), ("system", system)):
+        if text.encode(errors="ignore").decode() != text:
+            raise ValueError(f"{name} is not UTF-8: {text!r}")
 
 
 def main() -> None:
@@ -235,31 +221,28 @@ def main() -> None:
         need_compiler(device_used.type)
     source = convert.resolve(model)
     directory = tokenizer or convert.tokenizer_directory(source, teacher)
-    tokens = load_tokenizer(directory)
-    render = chat_template(directory) if chat else None
+    tokens = prepare.load_tokenizer(directory)
+    render = prepare.chat_template(directory) if chat else None
     llama = convert.load_checkpoint(source, teacher)
-    if tokens.get_vocab_size() > llama.config.vocab_size:
-        raise ValueError(
-            f"{directory} has {tokens.get_vocab_size()} tokens; {model} has {llama.config.vocab_size}"
-        )
+    size = llama.config.vocab_size
+    if tokens.get_vocab_size() > size:
+        raise ValueError(f"{directory} has {tokens.get_vocab_size()} tokens; {model} has {size}")
     if isinstance(llama, Student):
         llama = llama.merge()
-    llama = llama.to(
-        device_used, getattr(torch, dtype or ("bfloat16" if device_used.type == "cuda" else "float32"))
-    )
+    compute_dtype = dtype or ("bfloat16" if device_used.type == "cuda" else "float32")
+    llama = llama.to(device_used, getattr(torch, compute_dtype))
     if compile:
         llama.run_block = torch.compile(llama.run_block, dynamic=True)
-    bos, eos = special_ids(tokens, directory)
+    bos, eos = prepare.special_ids(tokens, directory)
     stop_ids = ending_ids(eos, llama.config, directory)
     if chat:
         stop_ids += turn_end_ids(tokens, directory)
         sys.stdin.reconfigure(errors="replace")
         return converse(llama, tokens, render, stop_ids)
-    ids = bos + encode_text(tokens, prompt)
-    if not ids:
-        if eos is None:
-            raise ValueError("the prompt is empty and the tokenizer has neither BOS nor EOS to start from")
-        ids = [eos]
+    ids = bos + prepare.encode_text(tokens, prompt)
+    if not ids and eos is None:
+        raise ValueError("the prompt is empty and the tokenizer has neither BOS nor EOS to start from")
+    ids = ids or [eos]
     for i in range(num_samples):
         if num_samples > 1:
             print(f"--- {i + 1}")

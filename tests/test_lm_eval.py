@@ -28,7 +28,7 @@ def save_checkpoint(path, seed):
     """A clone of the bundled teacher, as train.py saves one."""
     clone = make_clone(convert.load_model(BUNDLED), 96)
     ids = torch.randint(4096, (4, 128), generator=torch.Generator().manual_seed(seed))
-    models.init_clone(clone, 0, "pca", clone.calibrate(ids))
+    models.init_student(clone, 0, "pca", clone.calibrate(ids))
     convert.save_clone(clone, path, str(BUNDLED), str(BUNDLED))
     (path / "trainer").mkdir()
     (path / "trainer/state.json").write_text(json.dumps({"step": 1, "options": {}}))
@@ -51,7 +51,7 @@ def likelihoods(student):
         row = []
         for choice in question["choices"]:
             ids = torch.tensor([tokenizer.encode(f"{question['question']} {choice}").ids])
-            scores = student.logits(ids)[0, start - 1 : -1].log_softmax(-1)
+            scores = student(ids)[0, start - 1 : -1].log_softmax(-1)
             row.append(scores.gather(-1, ids[0, start:, None]).sum().item())
         rows.append(row)
     return rows

@@ -99,7 +99,7 @@ def plain_student(llama) -> Student:
 
 
 def save(llama, path, dtype=torch.float32, **options) -> None:
-    convert.save_model(llama.config, llama.state_dict(), path, dtype, None, **options)
+    convert.save_model(llama, path, dtype, None, **options)
 
 
 def random_batch(batch, length, vocab_size=96, seed=2):

@@ -1,5 +1,6 @@
 """sample.py: decoding against transformers and the plain forward pass, and the chat."""
 
+import copy
 import json
 import os
 import shutil
@@ -7,24 +8,26 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import BUNDLED, ROOT, run
+from test_convert import call, refused
 from test_model import random_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convert
 import model as models
+import prepare
 import sample
-from prepare import encode_text, load_tokenizer
 from sample import ending_ids, generate
 
-ROOT = Path(__file__).resolve().parents[1]
-BUNDLED = ROOT / "data/quickstart/teacher"
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+CTRL_C = "\x03"  # at the end of a reply: the user interrupts it there
 
 
 def prompts(*lengths):
@@ -57,16 +60,15 @@ def test_greedy_tokens_are_transformers(family, lengths, tmp_path):
 
 
 def test_decoding_in_bfloat16_and_compiled():
-    """In bfloat16 the weights are cast once; compiled layers (here traced only) give the same tokens."""
+    """Compiled layers (here traced only) give the same tokens."""
     llama = random_llama(head_dim=16)
-    rows = prompts(5, 8)
-    expected = continuations(llama, rows, 12)
+    (prompt,) = prompts(5)
+    expected = continuations(llama, [prompt], 12)
     llama.run_block = torch.compile(llama.run_block, backend="eager", dynamic=True)
-    assert continuations(llama, rows, 12) == expected
-    half = models.Llama(llama.config, torch.bfloat16)  # computes in bfloat16, its weights float32
-    half.load_state_dict(llama.state_dict())
-    (row,) = continuations(half, rows[:1], 12)
-    logits = half.logits(torch.tensor([rows[0] + row]))[0, len(rows[0]) - 1 : -1]
+    assert continuations(llama, [prompt], 12) == expected
+    half = copy.deepcopy(llama).bfloat16()
+    (row,) = continuations(half, [prompt], 12)
+    logits = half(torch.tensor([prompt + row]))[0, len(prompt) - 1 : -1]
     chosen = logits[torch.arange(12), torch.tensor(row)]
     # the likeliest of the whole sequence's forward pass, but for what bfloat16 cannot tell apart
     assert (logits.max(-1).values - chosen).max() < 0.02 * logits.abs().max()
@@ -96,10 +98,9 @@ def test_ending_ids(tmp_path):
          "num_hidden_layers": 1, "num_attention_heads": 2, "eos_token_id": [3, 4]}
     )  # fmt: skip
     assert set(ending_ids(None, config, str(tmp_path))) == {3, 4}
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 5]}))
-    assert set(ending_ids(2, config, str(tmp_path))) == {2, 3, 4, 5}
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
-    assert set(ending_ids(2, config, str(tmp_path))) == {2, 3, 4, 7}
+    for named, expected in (([4, 5], {2, 3, 4, 5}), (7, {2, 3, 4, 7})):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+        assert set(ending_ids(2, config, str(tmp_path))) == expected
 
 
 @pytest.fixture(scope="module")
@@ -112,55 +113,43 @@ def talker(tmp_path_factory):
 
 
 def converse(monkeypatch, talker, lines, replies, **options):
-    """The prompts the model sees, as text, when a user says `lines` and it answers `replies`.
-
-    KeyboardInterrupt, as a line or in a reply, is the user's Ctrl-C.
-    """
-    tokens = load_tokenizer(talker)
-    llama = convert.load_model(talker)
-    said = iter(lines)
+    """The prompts the model sees, as text, when a user says `lines` and it answers `replies`."""
+    tokens = prepare.load_tokenizer(talker)
     seen = []
 
-    def fake(llama, ids, *arguments):
+    def answer(llama, ids, *arguments):
         seen.append(tokens.decode(ids[0], skip_special_tokens=False))
         reply = replies[len(seen) - 1]
-        text, interrupted = (reply[0], True) if isinstance(reply, tuple) else (reply, False)
-        for token in tokens.encode(text, add_special_tokens=False).ids:
+        for token in tokens.encode(reply.strip(CTRL_C), add_special_tokens=False).ids:
             yield [token]
-        if interrupted:
+        if reply.endswith(CTRL_C):
             raise KeyboardInterrupt
 
-    def read(prompt):
-        line = next(said, None)
-        if line is None:
-            raise EOFError
-        if line is KeyboardInterrupt:
-            raise line
-        return line
-
-    monkeypatch.setattr(sample, "generate", fake)
-    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sample, "generate", answer)
+    monkeypatch.setattr("builtins.input", Mock(side_effect=[*lines, EOFError]))
     for name, value in {"chat": True, **options}.items():
         monkeypatch.setattr(sample, name, value)
-    sample.converse(llama, tokens, sample.chat_template(talker), ())
+    sample.converse(convert.load_model(talker), tokens, prepare.chat_template(talker), ())
     return seen
 
 
-def test_chat_keeps_history_and_survives_an_interrupt(monkeypatch, talker, capsys):
-    seen = converse(
-        monkeypatch, talker, ["one", "two", "three"], ["first", ("sec", KeyboardInterrupt), "third"]
-    )
+def test_chat_keeps_history_and_survives_interrupts(monkeypatch, talker, capsys):
+    """Of a reply and at the prompt; an empty line leaves."""
+    lines = ["one", "two", KeyboardInterrupt, "three", "", "four"]
+    seen = converse(monkeypatch, talker, lines, ["first", "sec" + CTRL_C, "third"])
     first = "<user>one</user><assistant>"
     second = f"{first}first</assistant><user>two</user><assistant>"
     assert seen == [first, second, f"{second}sec</assistant><user>three</user><assistant>"]
     printed = capsys.readouterr().out
     assert "first\n" in printed and "sec\n" in printed and "third\n" in printed
-    assert len(converse(monkeypatch, talker, ["one", "", "two"], ["first"])) == 1  # an empty line leaves
 
 
-def test_ctrl_c_at_the_prompt_keeps_the_conversation(monkeypatch, talker):
-    seen = converse(monkeypatch, talker, ["one", KeyboardInterrupt, "two"], ["first", "second"])
-    assert seen[1] == "<user>one</user><assistant>first</assistant><user>two</user><assistant>"
+def test_chat_forgets_its_oldest_turns_but_not_its_instructions(monkeypatch, talker):
+    context = convert.read_config(talker).max_position_embeddings
+    long = "x = 1\n" * (context // 8)
+    options = {"system": "S", "max_new_tokens": context // 2}
+    seen = converse(monkeypatch, talker, [long, "two"], ["first", "second"], **options)
+    assert seen[1] == "<system>S</system><user>two</user><assistant>"
 
 
 def test_only_the_templates_marks_are_special(tmp_path):
@@ -169,8 +158,8 @@ def test_only_the_templates_marks_are_special(tmp_path):
     mark = "<|endoftext|>"
     template = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}" + mark + "{% endfor %}assistant:"
     (tmp_path / "talker/chat_template.jinja").write_text(template)
-    tokens = load_tokenizer(tmp_path / "talker")
-    render = sample.chat_template(tmp_path / "talker")
+    tokens = prepare.load_tokenizer(tmp_path / "talker")
+    render = prepare.chat_template(tmp_path / "talker")
     chat = [{"role": "user", "content": " def f():\n"}, {"role": "assistant", "content": "pass"}]
     theirs = AutoTokenizer.from_pretrained(tmp_path / "talker")
     expected = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
@@ -182,29 +171,16 @@ def test_only_the_templates_marks_are_special(tmp_path):
     text = tokens.decode(ids, skip_special_tokens=False)
     assert text == f"user: def f():{mark}user: {mark[:3]}{mark}{mark}assistant: pass{mark}assistant:"
     # a prompt, likewise; and what is encoded after it has its marks again
-    prompt = encode_text(tokens, f"a{mark}b")
+    prompt = prepare.encode_text(tokens, f"a{mark}b")
     assert 0 not in prompt and tokens.decode(prompt, skip_special_tokens=False) == f"a{mark}b"
     assert tokens.encode(mark).ids == [0]
 
 
-def test_chat_forgets_its_oldest_turns_but_not_its_instructions(monkeypatch, talker):
-    context = convert.read_config(talker).max_position_embeddings
-    long = "x = 1\n" * (context // 8)
-    seen = converse(
-        monkeypatch, talker, [long, "two"], ["first", "second"], system="S", max_new_tokens=context // 2
-    )
-    assert seen[1] == "<system>S</system><user>two</user><assistant>"
-
-
-def start(*arguments, **options):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command = [sys.executable, "sample.py", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
-
-
 def test_chat_through_pipes(talker):
-    chat = start(f"--model={talker}", "--chat=True", "--max_new_tokens=4000", "--temperature=1.0", "--seed=3")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options = ("--chat=True", "--max_new_tokens=4000", "--temperature=1.0", "--seed=3", "--device=cpu")
+    command = [sys.executable, "sample.py", f"--model={talker}", *options]
+    chat = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
     chat.stdin.write("hello\n")
     chat.stdin.flush()
     seen = ""
@@ -215,26 +191,16 @@ def test_chat_through_pipes(talker):
     assert chat.returncode == 0 and out.count("> ") >= 2  # the next prompt, and the last
     assert errors.startswith("options that differ from the defaults:\n") and "Traceback" not in errors
 
-    chat = start(f"--model={BUNDLED}", "--chat=True")
-    out, errors = chat.communicate("hello\n")
-    assert chat.returncode == 2 and "has no chat template" in errors.splitlines()[-1]
-
 
 # ---- the command line
 
 
 def test_stdout_is_the_text_alone():
-    outputs = []
-    for _ in range(2):
-        run = start(f"--model={BUNDLED}", "--prompt=def f(", "--max_new_tokens=5", "--temperature=0")
-        out, errors = run.communicate(timeout=300)
-        assert run.returncode == 0 and "max_new_tokens = 5" in errors
-        outputs.append(out)
-    assert outputs[0] == outputs[1]
-    tokens = load_tokenizer(BUNDLED)
-    ids = tokens.encode("def f(").ids
-    (row,) = continuations(convert.load_model(BUNDLED), [ids], 5)
-    assert outputs[0] == f"def f({tokens.decode(row)}\n"
+    done = run("sample.py", f"--model={BUNDLED}", "--prompt=def f(", "--max_new_tokens=5", "--temperature=0")
+    assert done.returncode == 0 and "max_new_tokens = 5" in done.stderr
+    tokens = prepare.load_tokenizer(BUNDLED)
+    (row,) = continuations(convert.load_model(BUNDLED), [tokens.encode("def f(").ids], 5)
+    assert done.stdout == f"def f({tokens.decode(row)}\n"
 
 
 @pytest.mark.parametrize(
@@ -244,47 +210,41 @@ def test_stdout_is_the_text_alone():
         ("top_k", -1, "top_k is -1; it must be at least 0"),
         ("top_p", 0.0, "top_p is 0.0; it must be above 0 and at most 1"),
         ("top_p", 1.5, "top_p is 1.5; it must be above 0 and at most 1"),
-        ("max_new_tokens", -5, "max_new_tokens is -5; it must be at least 1"),
         ("max_new_tokens", 0, "max_new_tokens is 0; it must be at least 1"),
         ("num_samples", 0, "num_samples is 0; it must be at least 1"),
-        ("prompt", "caf\udce9", r"prompt is not UTF-8: 'caf\\udce9'"),
         ("system", "\udce9", r"system is not UTF-8: "),
         ("device", "gpu", "device is 'gpu', which torch .* lacks here"),
     ],
 )
-def test_refusals(name, value, words, monkeypatch):
-    monkeypatch.setattr(sample, name, value)
-    monkeypatch.setattr(sample, "model", "no/such/model")  # refused before it is looked for
-    with pytest.raises(ValueError, match=f"^{words}"):
-        sample.main()
+def test_refusals(name, value, words):
+    """Before the model is looked for."""
+    refused(f"^{words}", sample, model="no/such/model", **{name: value})
 
 
-def test_a_prompt_that_is_not_utf8_through_the_command_line():
-    command = [sys.executable, "sample.py", f"--model={BUNDLED}", b"--prompt=caf\xe9"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONUTF8": "1"})
-    assert done.returncode == 2 and done.stdout == b""
-    assert done.stderr.splitlines()[-1].startswith(b"error: prompt is not UTF-8")
+def test_a_chat_without_a_template_is_refused():
+    refused("has no chat template", sample, model=BUNDLED, chat=True)
 
 
-def test_the_newest_whole_checkpoint_is_taken(tmp_path, monkeypatch, capsys):
+def test_a_prompt_that_is_not_utf8_is_refused():
+    done = run("sample.py", f"--model={BUNDLED}", "--prompt=caf\udce9")  # the byte E9
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[-1] == r"error: prompt is not UTF-8: 'caf\udce9'"
+
+
+def test_the_newest_whole_checkpoint_is_taken(tmp_path, capsys):
     """Of the newer ones, one has no file and one is cut short."""
-    whole = tmp_path / "step_00000001"
-    shutil.copytree(BUNDLED, whole)
+    whole = Path(shutil.copytree(BUNDLED, tmp_path / "step_00000001"))
     (whole / "trainer").mkdir()
     (whole / "trainer/state.json").write_text("{}")
     cut = shutil.copytree(whole, tmp_path / "step_00000002")
     weights = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     (tmp_path / "step_00000003").mkdir()
-    for name, value in {"model": str(tmp_path), "max_new_tokens": 2, "prompt": "def f("}.items():
-        monkeypatch.setattr(sample, name, value)
-    sample.main()
+    call(sample, model=tmp_path, max_new_tokens=2, prompt="def f(")
     printed = capsys.readouterr()
     assert printed.out.startswith("def f(")
-    passed_over = printed.err.splitlines()
-    assert len(passed_over) == 2
-    assert "step_00000003: " in passed_over[0] and "config.json does not exist" in passed_over[0]
-    assert "step_00000002: " in passed_over[1] and "truncated" in passed_over[1]
+    empty, truncated = printed.err.splitlines()
+    assert "step_00000003: " in empty and "config.json does not exist" in empty
+    assert "step_00000002: " in truncated and "truncated" in truncated
     shutil.rmtree(whole)
-    with pytest.raises(ValueError, match=r"has neither a config.json nor a whole checkpoint"):
-        convert.resolve(tmp_path)
+    refused("has neither a config.json nor a whole checkpoint", sample, model=tmp_path)
