@@ -262,7 +262,8 @@ def weight_files(path: Path) -> list[Path]:
         if Path(name).name != name:
             raise ValueError(f"{index} names {name}, which is not a file of its directory")
         if not (path / name).is_file():
-            raise ValueError(f"{path / name} does not exist")
+            why = f", but {INDEX} names it" if index.is_file() else ""
+            raise ValueError(f"{path / name} does not exist{why}")
     return [path / name for name in sorted(names)]
 
 

@@ -76,23 +76,13 @@ def transformers_model(path):
     return model.eval().requires_grad_(False)
 
 
-@pytest.fixture
-def warned():
-    """What transformers logs at WARNING and above."""
-    records = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: records.append(record.getMessage())
-    logging.getLogger("transformers").addHandler(handler)
-    yield records
-    logging.getLogger("transformers").removeHandler(handler)
-
-
-def random_ids(count=40):
-    return torch.randint(3, SHAPE["vocab_size"], (2, count), generator=torch.Generator().manual_seed(3))
+def random_ids():
+    return torch.randint(3, SHAPE["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_transformers_loads_the_export(name, tmp_path, warned):
+def test_transformers_loads_the_export(name, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     clone = save_random_clone(tmp_path / "clone", tmp_path / "teacher", **FAMILIES[name])
     out, arch = tmp_path / "student", "llama" if "arch" in name else "native"
     call(convert, checkpoint=tmp_path / "clone", out=out, arch=arch)
@@ -101,13 +91,10 @@ def test_transformers_loads_the_export(name, tmp_path, warned):
     assert type(theirs).__name__ == convert.ARCHITECTURES[family] and theirs.dtype == torch.float32
     tied = FAMILIES[name].get("tie_word_embeddings", False)
     assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == tied
-    ids, prompt = random_ids(), random_ids(7)[:1]
+    ids = random_ids()
     expected = clone(ids)
     torch.testing.assert_close(theirs(ids).logits, expected, rtol=0, atol=1e-4)
-    greedy = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
-    made = theirs.generate(prompt, max_new_tokens=12, eos_token_id=None, **greedy)[0, 7:].tolist()
-    assert made == [token for (token,) in sample.generate(convert.load_model(out), prompt.tolist(), 12)]
-    assert warned == []
+    assert caplog.records == []
 
     # A config.json without one of these is another model, or none that loads.
     config = json.loads((out / "config.json").read_text())
@@ -160,17 +147,12 @@ def test_shards(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "field, value, words",
-    [
-        ("rms_norm_eps", -1e-5, "rms_norm_eps is -1e-05; this code supports a positive number"),
-        ("rms_norm_eps", float("nan"), "rms_norm_eps is nan"),
-        ("rms_norm_eps", "1e-5", "rms_norm_eps is '1e-5'"),
-        ("rope_theta", -1.0, "rope_theta is -1.0"),
-        ("head_dim", -2, "head_dim is -2; this code supports a positive even number"),
-    ],
-)
-def test_config_values_that_no_model_has(field, value, words):
-    with pytest.raises(ValueError, match=words):
+    "field, value",
+    [("rms_norm_eps", -1e-5), ("rms_norm_eps", float("nan")), ("rms_norm_eps", "1e-5"), ("rope_theta", -1.0),
+     ("head_dim", -2)],
+)  # fmt: skip
+def test_config_values_that_no_model_has(field, value):
+    with pytest.raises(ValueError, match=f"{field} is {value!r}; this code supports a positive"):
         convert.from_hf(SHAPE | {"model_type": "llama", field: value})
 
 
@@ -179,7 +161,7 @@ def test_an_index_without_its_map(index, tmp_path):
     save_teacher(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
-    with pytest.raises(ValueError, match=r"index.json has no weight_map|None does not exist"):
+    with pytest.raises(ValueError, match=r"index.json has no weight_map|None does not exist, but"):
         convert.load_model(tmp_path)
 
 

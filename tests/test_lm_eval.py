@@ -2,13 +2,10 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import BUNDLED, ROOT
+from conftest import BUNDLED, ROOT, succeed
 from test_model import make_clone
 from tokenizers import Tokenizer
 
@@ -24,26 +21,23 @@ QUESTIONS = [
 ]
 
 
-def save_checkpoint(path, seed):
-    """A clone of the bundled teacher, as train.py saves one."""
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A run's only checkpoint, of a clone of the bundled teacher, as train.py saves one."""
+    path = tmp_path_factory.mktemp("run") / "step_00000002"
     clone = make_clone(convert.load_model(BUNDLED), 96)
-    ids = torch.randint(4096, (4, 128), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(4096, (4, 128), generator=torch.Generator().manual_seed(0))
     models.init_student(clone, 0, "pca", clone.calibrate(ids))
     convert.save_clone(clone, path, str(BUNDLED), str(BUNDLED))
     (path / "trainer").mkdir()
-    (path / "trainer/state.json").write_text(json.dumps({"step": 1, "options": {}}))
+    (path / "trainer/state.json").write_text(json.dumps({"step": 2, "options": {}}))
+    return path
 
 
-def succeed(tmp_path, *command):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def likelihoods(student):
+@pytest.fixture(scope="module")
+def expected(checkpoint):
     """The log-likelihood of each choice of each question."""
+    student = convert.load_checkpoint(checkpoint)
     tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
     rows = []
     for question in QUESTIONS:
@@ -62,17 +56,21 @@ def accuracy(rows):
     return sum(right) / len(right)
 
 
-def test_lm_eval_agrees_with_model(tmp_path):
-    save_checkpoint(tmp_path / "clone", 0)
-    succeed(tmp_path, "convert.py", f"--checkpoint={tmp_path}/clone", f"--out={tmp_path}/student")
+@pytest.fixture(autouse=True)
+def offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def test_lm_eval_agrees_with_model(tmp_path, checkpoint, expected):
+    succeed("convert.py", f"--checkpoint={checkpoint}", f"--out={tmp_path}/student")
     succeed(
-        tmp_path, "-m", "lm_eval", "--model=hf", f"--model_args=pretrained={tmp_path}/student,dtype=float32",
+        "-m", "lm_eval", "--model=hf", f"--model_args=pretrained={tmp_path}/student,dtype=float32",
         "--device=cpu", "--tasks=library", "--include_path=tests/lm_eval_task", "--log_samples",
         f"--output_path={tmp_path}/eval",
     )  # fmt: skip
     (samples,) = (tmp_path / "eval").rglob("samples_library_*.jsonl")
     theirs = {s["doc_id"]: s for s in map(json.loads, samples.read_text().splitlines())}
-    expected = likelihoods(convert.load_model(tmp_path / "student"))
     for i, row in enumerate(expected):
         found = [float(response[0]) for response in theirs[i]["filtered_resps"]]
         assert found == pytest.approx(row, abs=1e-3)
@@ -81,25 +79,21 @@ def test_lm_eval_agrees_with_model(tmp_path):
     assert accuracy(expected) > 1 / 4  # better than chance among four choices
 
 
-def test_evaluate_goes_on_where_it_was_stopped(tmp_path):
-    """tools/evaluate.py on a run that has one checkpoint, then two."""
-    run = tmp_path / "run"
+def test_evaluate_goes_on_where_it_was_stopped(checkpoint, expected):
+    """tools/evaluate.py appends to what is there, and does not measure a checkpoint twice."""
+    run = checkpoint.parent
     arguments = (
         "tools/evaluate.py", f"--out_dir={run}", "--tasks=library", "--device=cpu",
         "--arguments=('--include_path=tests/lm_eval_task',)",
     )  # fmt: skip
-    save_checkpoint(run / "step_00000001", 0)
-    succeed(tmp_path, *arguments)
-    first = (run / "results.jsonl").read_text()
-    save_checkpoint(run / "step_00000002", 1)
-    done = succeed(tmp_path, *arguments)
-    assert "step_00000001 is in" in done.stdout
-    assert (run / "results.jsonl").read_text().startswith(first)
-    lines = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2]
-    for line in lines:
-        expected = accuracy(likelihoods(convert.load_checkpoint(run / line["checkpoint"])))
-        assert line["results"]["library"]["acc,none"] == pytest.approx(expected)
-    assert sorted(path.name for path in run.iterdir()) == [
-        "results.jsonl", "step_00000001", "step_00000002"
-    ]  # fmt: skip
+    first = json.dumps({"checkpoint": "step_00000001", "step": 1}) + "\n"
+    (run / "results.jsonl").write_text(first)
+    succeed(*arguments)
+    results = (run / "results.jsonl").read_text()
+    assert results.startswith(first)
+    line = json.loads(results.removeprefix(first))
+    assert (line["checkpoint"], line["step"]) == ("step_00000002", 2)
+    assert line["results"]["library"]["acc,none"] == pytest.approx(accuracy(expected))
+    assert "step_00000002 is in" in succeed(*arguments).stdout
+    assert (run / "results.jsonl").read_text() == results
+    assert sorted(path.name for path in run.iterdir()) == ["results.jsonl", "step_00000002"]
