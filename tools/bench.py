@@ -331,9 +331,8 @@ def measure_prepare() -> None:
                 tokenizer.encode_batch(texts[first : first + 256], add_special_tokens=False)
             rate = sum(map(len, documents)) / seconds
             reference = sum(map(len, documents)) / (time.perf_counter() - start)
-            print(
-                f"prepare.py {rate:,.0f} tokens/s, encode_batch {reference:,.0f}, ratio {rate / reference:.2f}"
-            )
+            ratio = rate / reference
+            print(f"prepare.py {rate:,.0f} tokens/s, encode_batch {reference:,.0f}, ratio {ratio:.2f}")
 
 
 if __name__ == "__main__":
