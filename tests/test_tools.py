@@ -9,11 +9,13 @@ import plot
 import pytest
 import study
 import torch
+import transformers
 from bench import RandomTokens, kind_of, where_time_goes
 from conftest import run, succeed
 from test_model import make_clone, random_llama, randomise
 
 import convert
+from prepare import load_tokenizer
 from sample import generate
 
 NOT_COMPILED = "not compiled: copies, casts, sums"
@@ -167,13 +169,13 @@ def test_evaluate_passes_over_what_is_done(clones, monkeypatch, capsys):
     """A failure, or a kill, leaves the results before it; the same command measures the rest, once."""
     measured = []
 
-    def run_tasks(checkpoint, device):
+    def run_lm_eval(checkpoint, device):
         measured.append(checkpoint.name)
         if measured == ["step_00000001", "step_00000003"]:
             raise ValueError("stopped")
         return {"library": {"acc,none": 0.5}}
 
-    monkeypatch.setattr(evaluate, "run_tasks", run_tasks)
+    monkeypatch.setattr(evaluate, "run_lm_eval", run_lm_eval)
     monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: name)
     set_options(monkeypatch, out_dir=clones, tasks="library", device="cpu", arguments=("--limit=8",))
     with pytest.raises(ValueError, match="stopped"):
@@ -214,18 +216,73 @@ def test_evaluate_on_the_command_line(clones, corpus, teacher):
     [
         ({"tasks": "library"}, r'^lm_eval is not installed: pip install "lm-eval\[hf\]"'),
         ({"tasks": ""}, "^there is nothing to measure"),
+        ({"tasks": "sums", "bigbench": "no/tasks"}, "^no/tasks/sums/task.json does not exist"),
+        ({"tasks": "x", "bigbench": "."}, "^./x/task.json has no examples"),
+        ({"tasks": "y", "bigbench": "."}, "^./y is no multiple choice"),
         ({"tasks": "", "data": "no/shards"}, "has no checkpoint"),
         ({"tasks": "", "data": "no/shards", "device": "gpu"}, "device is 'gpu'"),
     ],
 )
 def test_evaluate_refuses(options, words, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    for name, task in (("x", {"subtasks": []}), ("y", {"examples": [{"input": "1", "target": "2"}]})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "task.json").write_text(json.dumps(task))
     set_options(monkeypatch, out_dir=tmp_path, **options)
     with pytest.raises(ValueError, match=words):
         evaluate.main()
     monkeypatch.setattr(evaluate, "new_tokens", 0)
     with pytest.raises(ValueError, match="new_tokens is 0; it must be at least 1"):
         evaluate.main()
+
+
+TASK = {
+    "example_input_prefix": "\nask: ", "example_output_prefix": "\nsay:", "choice_prefix": "\n- ",
+    "task_prefix": "Choose.", "examples": [
+        {"input": "a + b", "target_scores": {" sum": 1, " a longer answer": 0, " def f(x):": 0}},
+        {"input": "open", "target_scores": {" a file": 1, " x": 0}},
+        {"input": "return", "target_scores": {" x ** 2": 0.5, " self.value": 0.5, " None": 0}},
+    ],
+}  # fmt: skip
+
+
+def test_bigbench_is_scored_by_the_likelihoods_of_transformers(clones, teacher, tmp_path, monkeypatch):
+    """Of clones and of their teacher, which is scored once; the text is the task's own format."""
+    (tmp_path / "tasks/sums").mkdir(parents=True)
+    (tmp_path / "tasks/sums/task.json").write_text(json.dumps(TASK))
+    set_options(monkeypatch, out_dir=clones, tasks="sums", bigbench=tmp_path / "tasks", device="cpu")
+    questions = evaluate.read_task("sums")
+    assert questions[1] == ("Choose.\nask: open\n-  x\n-  a file\nsay:", {" a file": 1, " x": 0})
+    evaluate.main()
+    lines = evaluate.read_results(clones / "results.jsonl")
+    assert [line["step"] for line in lines] == [1, 3]
+    for step, role in ((1, "student"), (3, "student"), (3, "teacher")):
+        path = teacher
+        if role == "student":
+            path = tmp_path / f"student_{step}"
+            merged = convert.load_checkpoint(clones / f"step_{step:08d}").merge()
+            convert.save_model(merged, path, torch.float32, teacher)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
+        tokenizer = load_tokenizer(path)
+        right = [0.0, 0.0]
+        for text, scores in questions:
+            start = tokenizer.encode(text).ids
+            choices = [tokenizer.encode(choice).ids for choice in scores]
+            expected = []
+            for choice in choices:
+                logits = theirs(torch.tensor([start + choice])).logits[0, len(start) - 1 : -1]
+                expected.append(logits.log_softmax(-1)[range(len(choice)), choice].sum().item())
+            ours = evaluate.log_likelihoods(convert.load_model(path), start, choices)
+            assert ours == pytest.approx(expected, rel=1e-4)
+            means = [value / len(choice) for value, choice in zip(expected, choices, strict=True)]
+            for i, likelihoods in enumerate((expected, means)):
+                right[i] += [*scores.values()][likelihoods.index(max(likelihoods))] / 3
+        result = lines[step // 2]["results"]["sums"]
+        assert result["chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 3) / 3, abs=1e-4)
+        found = result[role]
+        assert [found["accuracy"], found["accuracy_per_token"]] == pytest.approx(right, abs=1e-4)
+    assert lines[0]["results"]["sums"]["teacher"] == lines[1]["results"]["sums"]["teacher"]
 
 
 def test_random_tokens_are_a_batch_too():
