@@ -11,8 +11,9 @@ Each checkpoint (train.py keeps keep_last of them) becomes a line of results.jso
 line with the same options is passed over, so that the same command goes on where it was stopped, and scores
 what was saved since. For lm_eval a checkpoint is exported by convert.py for as long as that takes.
 
-BIG-bench's tasks need no harness: of an example's choices the likeliest counts, "accuracy", and the one whose
-likelihood by token is the highest, "accuracy_per_token". Student and teacher are scored by the same function.
+BIG-bench's tasks need no harness. Of an example's choices the likeliest behind its text counts ("accuracy"),
+and the one that is likeliest per byte of it ("accuracy_per_byte": log-likelihood over length). Student and
+teacher are scored by the same function, in float32, beside chance. The choices are not listed in the text.
 
 The agreement needs no task: the teacher continues held-out text by its likeliest tokens, and the student's
 likeliest tokens are counted up to the first that is another. 0 is none of them, `new_tokens` all.
@@ -108,25 +109,19 @@ def measure_agreement(checkpoint: Path, device: torch.device) -> float:
 
 
 def read_task(name: str) -> list[tuple[str, dict[str, float]]]:
-    """[(what the model reads, {choice: its score})] of a task, as bigbench/api/json_task.py makes them."""
+    """[(what the model reads, {choice: its score})] of a task, with BIG-bench's prefixes around the input.
+
+    The choices are not listed in it, as BIG-bench does: small models do not read such a list.
+    """
     task = read_json(Path(bigbench) / name / "task.json")
     found = task.get("examples")
     if not found:
         raise ValueError(f"{bigbench}/{name}/task.json has no examples; a task of parts is named TASK/PART")
     if not all("target_scores" in example for example in found):
         raise ValueError(f"{bigbench}/{name} is no multiple choice: it has examples without target_scores")
-    choice_prefix = task.get("choice_prefix", "\n  choice: ")
-    questions = []
-    for example in found[:examples]:
-        scores = example["target_scores"]
-        text = task.get("example_input_prefix", "\nQ: ") + example["input"]
-        if task.get("append_choices_to_input", True):
-            # The order in which BIG-bench lists them, which does not tell the right one.
-            for choice in np.random.RandomState(42).permutation(sorted(scores)):
-                text += choice_prefix + str(choice)
-        text += task.get("example_output_prefix", "\nA: ")
-        questions.append((task.get("task_prefix", "") + text, scores))
-    return questions
+    prefix = task.get("task_prefix", "") + task.get("example_input_prefix", "\nQ: ")
+    suffix = task.get("example_output_prefix", "\nA: ")
+    return [(prefix + example["input"] + suffix, example["target_scores"]) for example in found[:examples]]
 
 
 @torch.no_grad()
@@ -162,13 +157,14 @@ def score_model(llama: Llama, tokenizer_dir: str, questions: list[tuple[str, dic
     """The accuracies of a model on read_task's questions, each with its standard error."""
     tokenizer = load_tokenizer(tokenizer_dir)
     bos, _ = special_ids(tokenizer, tokenizer_dir)
-    right = {"accuracy": [], "accuracy_per_token": []}
+    right = {"accuracy": [], "accuracy_per_byte": []}
     for text, scores in tqdm(questions, desc=desc, unit="question", leave=False):
-        ids = bos + encode_text(tokenizer, text)
-        # Text and choice are tokenized each by itself, as BIG-bench's own models do.
-        choices = [encode_text(tokenizer, choice, goes_on=True) for choice in scores]
+        # A space at the text's end goes to the choices, whose first token begins with it.
+        ids = bos + encode_text(tokenizer, text.rstrip(" "))
+        space = " " * text.endswith(" ")
+        choices = [encode_text(tokenizer, space + choice, goes_on=True) for choice in scores]
         sums = log_likelihoods(llama, ids, choices)
-        means = [value / max(1, len(choice)) for value, choice in zip(sums, choices, strict=True)]
+        means = [value / max(1, len(choice.encode())) for value, choice in zip(sums, scores, strict=True)]
         for name, likelihoods in zip(right, (sums, means), strict=True):
             right[name].append([*scores.values()][likelihoods.index(max(likelihoods))])
     result = {}
