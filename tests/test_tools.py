@@ -9,11 +9,13 @@ import plot
 import pytest
 import study
 import torch
+import transformers
 from bench import RandomTokens, kind_of, where_time_goes
 from conftest import run, succeed
 from test_model import make_clone, random_llama, randomise
 
 import convert
+from prepare import load_tokenizer
 from sample import generate
 
 NOT_COMPILED = "not compiled: copies, casts, sums"
@@ -33,7 +35,7 @@ def write(directory, losses, clone=True):
             json.dumps(line),
         ]
     (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    return study.read_metrics(directory)
+    return study.read_lines(directory / "metrics.jsonl")
 
 
 @pytest.fixture
@@ -52,23 +54,45 @@ def test_table(results):
     results["ours"][0][-1]["agreement_length"] = 12.34
     rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]]
             for row in study.table(results).splitlines()}  # fmt: skip
-    assert rows["scratch"] == ["1", "6.000", "–", "–", "–", "–", "1.0k (1.0×)", "not reached"]
-    # paper is at 4.2 on average in the end, and passes 6.0 at its second evaluation
+    assert rows["scratch"] == ["1", "6.000", "–", "–", "–", "–", "≤ 1.0k (≥ 1.0×)", "not reached"]
+    # paper is at 4.2 on average in the end, and at 6.0 by its second evaluation
     assert rows["paper"][:6] == ["2", "4.200", "0.400", "2.200", "23.9%", "–"]
-    assert rows["paper"][6:] == ["0.5k (2.0×)", "1.0k (1.0×)"]
-    # ours passes 4.2 between 250 and 500 tokens, at 250 + 250 · 0.7 / 0.8
+    assert rows["paper"][6:] == ["≤ 0.5k (≥ 2.0×)", "≤ 1.0k (≥ 1.0×)"]
     assert rows["ours"][5] == "12.3"
-    assert rows["ours"][6:] == ["≤ 0.2k (≥ 4.0×)", f"{(250 + 250 * 0.7 / 0.8) / 1000:.1f}k (2.1×)"]
+    assert rows["ours"][6:] == ["≤ 0.2k (≥ 4.0×)", "≤ 0.5k (≥ 2.0×)"]
     assert rows["teacher"][1] == "2.000"
 
 
-def test_an_unfinished_run_is_noticed(results, tmp_path):
-    assert study.is_finished(tmp_path / "ours_1", 4, 250)
-    assert not study.is_finished(tmp_path / "ours_1", 5, 250)  # of another length
-    assert not study.is_finished(tmp_path / "none", 4, 250)
-    file = tmp_path / "ours_1/metrics.jsonl"
+def test_study_runs_what_is_missing(results, tmp_path, monkeypatch, capsys):
+    """By commands that it prints; a run that is whole stays, and one is scored once."""
+    calls = []
+
+    def call(directory, mode, command):
+        calls.append(command[0])
+        if command[0] == "train.py":
+            directory.rmdir()
+            write(directory, (4.0, 3.0, 2.5, 2.2))
+            (directory / "step_00000004").mkdir()
+        else:
+            (directory / "results.jsonl").write_text('{"agreement_length": 7.5}\n')
+
+    monkeypatch.setattr(study, "call", call)
+    monkeypatch.setattr(study, "seeds", (1,))
+    more = f"--out_dir={tmp_path} --max_steps=4 --global_batch_size=1 --seq_len=250"
+    monkeypatch.setattr(study, "variants", (f"no_ffn {more}",))
+    for _ in range(2):
+        study.main()
+    assert calls == ["train.py", "tools/evaluate.py"]
+    printed = capsys.readouterr().out
+    assert (
+        "python train.py config/study/base.py \"--clone_skip=('gate', 'up', 'mlp_out')\" --out_dir" in printed
+    )
+    assert "1 of 1 runs are done" in printed and "| 2.200 |" in printed and "| 7.5 |" in printed
+    (file,) = tmp_path.glob("no_ffn*/metrics.jsonl")
     file.write_text(file.read_text()[:-20])  # killed while it wrote its last line
-    assert not study.is_finished(tmp_path / "ours_1", 4, 250)
+    assert not study.finished_lines(file.parent, study.options_of(study.variants[0]))
+    with pytest.raises(ValueError, match="there is no variant 'both'; there are scratch, "):
+        study.arguments_of("both --seed=1")
 
 
 def drawn(runs, out, monkeypatch):
@@ -167,13 +191,13 @@ def test_evaluate_passes_over_what_is_done(clones, monkeypatch, capsys):
     """A failure, or a kill, leaves the results before it; the same command measures the rest, once."""
     measured = []
 
-    def run_tasks(checkpoint, device):
+    def run_lm_eval(checkpoint, device):
         measured.append(checkpoint.name)
         if measured == ["step_00000001", "step_00000003"]:
             raise ValueError("stopped")
         return {"library": {"acc,none": 0.5}}
 
-    monkeypatch.setattr(evaluate, "run_tasks", run_tasks)
+    monkeypatch.setattr(evaluate, "run_lm_eval", run_lm_eval)
     monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: name)
     set_options(monkeypatch, out_dir=clones, tasks="library", device="cpu", arguments=("--limit=8",))
     with pytest.raises(ValueError, match="stopped"):
@@ -214,18 +238,73 @@ def test_evaluate_on_the_command_line(clones, corpus, teacher):
     [
         ({"tasks": "library"}, r'^lm_eval is not installed: pip install "lm-eval\[hf\]"'),
         ({"tasks": ""}, "^there is nothing to measure"),
+        ({"tasks": "sums", "bigbench": "no/tasks"}, "^no/tasks/sums/task.json does not exist"),
+        ({"tasks": "x", "bigbench": "."}, "^./x/task.json has no examples"),
+        ({"tasks": "y", "bigbench": "."}, "^./y is no multiple choice"),
         ({"tasks": "", "data": "no/shards"}, "has no checkpoint"),
         ({"tasks": "", "data": "no/shards", "device": "gpu"}, "device is 'gpu'"),
     ],
 )
 def test_evaluate_refuses(options, words, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    for name, task in (("x", {"subtasks": []}), ("y", {"examples": [{"input": "1", "target": "2"}]})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "task.json").write_text(json.dumps(task))
     set_options(monkeypatch, out_dir=tmp_path, **options)
     with pytest.raises(ValueError, match=words):
         evaluate.main()
     monkeypatch.setattr(evaluate, "new_tokens", 0)
     with pytest.raises(ValueError, match="new_tokens is 0; it must be at least 1"):
         evaluate.main()
+
+
+TASK = {
+    "task_prefix": "Choose.", "example_input_prefix": "\nask: ", "example_output_prefix": "\nsay: ",
+    "examples": [
+        {"input": "a + b", "target_scores": {"sum": 1, "a longer answer": 0, "def f(x):": 0}},
+        {"input": "open", "target_scores": {"a file": 1, "x": 0}},
+        {"input": "return", "target_scores": {"x ** 2": 0.5, "self.value": 0.5, "None": 0}},
+    ],
+}  # fmt: skip
+
+
+def test_bigbench_is_scored_by_the_likelihoods_of_transformers(clones, teacher, tmp_path, monkeypatch):
+    """Of clones and of their teacher, which is scored once; the text is the task's own format."""
+    (tmp_path / "tasks/sums").mkdir(parents=True)
+    (tmp_path / "tasks/sums/task.json").write_text(json.dumps(TASK))
+    set_options(monkeypatch, out_dir=clones, tasks="sums", bigbench=tmp_path / "tasks", device="cpu")
+    questions = evaluate.read_task("sums")
+    assert questions[1] == ("Choose.\nask: open\nsay: ", {"a file": 1, "x": 0})
+    evaluate.main()
+    lines = evaluate.read_results(clones / "results.jsonl")
+    assert [line["step"] for line in lines] == [1, 3]
+    for step, role in ((1, "student"), (3, "student"), (3, "teacher")):
+        path = teacher
+        if role == "student":
+            path = tmp_path / f"student_{step}"
+            merged = convert.load_checkpoint(clones / f"step_{step:08d}").merge()
+            convert.save_model(merged, path, torch.float32, teacher)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
+        tokenizer = load_tokenizer(path)
+        right = [0.0, 0.0]
+        for text, scores in questions:
+            start = tokenizer.encode(text[:-1]).ids
+            choices = [tokenizer.encode(" " + choice).ids for choice in scores]
+            expected = []
+            for choice in choices:
+                logits = theirs(torch.tensor([start + choice])).logits[0, len(start) - 1 : -1]
+                expected.append(logits.log_softmax(-1)[range(len(choice)), choice].sum().item())
+            ours = evaluate.log_likelihoods(convert.load_model(path), start, choices)
+            assert ours == pytest.approx(expected, rel=1e-4)
+            means = [value / len(choice) for value, choice in zip(expected, scores, strict=True)]
+            for i, likelihoods in enumerate((expected, means)):
+                right[i] += [*scores.values()][likelihoods.index(max(likelihoods))] / 3
+        result = lines[step // 2]["results"]["sums"]
+        assert result["chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 3) / 3, abs=1e-4)
+        found = result[role]
+        assert [found["accuracy"], found["accuracy_per_byte"]] == pytest.approx(right, abs=1e-4)
+    assert lines[0]["results"]["sums"]["teacher"] == lines[1]["results"]["sums"]["teacher"]
 
 
 def test_random_tokens_are_a_batch_too():
@@ -266,11 +345,3 @@ def test_where_time_goes_adds_up():
 
     parts = where_time_goes(step, 0, torch.device("cpu"))
     assert parts["no operator: Python, autograd"] >= 50 and parts["matrix products"] > parts[NOT_COMPILED] > 0
-
-
-def test_a_finished_run_without_its_score_is_scored(tmp_path):
-    assert study.is_scored(tmp_path, "teacher")  # it left no checkpoint to score
-    (tmp_path / "step_00000004").mkdir()
-    assert study.is_scored(tmp_path, None) and not study.is_scored(tmp_path, "teacher")
-    (tmp_path / "results.jsonl").touch()
-    assert study.is_scored(tmp_path, "teacher")

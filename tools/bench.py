@@ -1,21 +1,24 @@
-"""Speed and memory of train.py's step, on random tokens and a random teacher: nothing is downloaded.
+"""Speed and memory of train.py's step; the speeds of sample.py and prepare.py beside other libraries'.
 
-    python tools/bench.py config/bench_smollm2.py              # SmolLM2-135M's shape to half its width
-    python tools/bench.py config/bench_tiny.py --max_steps=20
+    python tools/bench.py config/bench_smollm2.py         # a step, SmolLM2-135M's shape to half its width
+    python tools/bench.py step config/bench_tiny.py --max_steps=20
     torchrun --nproc_per_node=8 tools/bench.py config/lrc_1_5b.py --data=None --max_steps=12 \\
         --teacher=config/teachers/Llama-3.2-3B-Instruct.json
+    python tools/bench.py sample --model=data/quickstart/teacher --num_samples=8
+    python tools/bench.py prepare --input='raw/*.parquet' --tokenizer=models/SmolLM2-135M-Instruct
 
-Takes train.py's options; `teacher` is the shape of one, the fields of a config.json or its file, and
---parallel=fsdp shards on one process too. It times max_steps steps, reports FLOPs by part and where the time
-of two further steps goes, and ends with a line of JSON: among it the fraction of torch.mm's rate, as measured
-between the steps, at which the arithmetic was done that a step cannot do without.
+Takes the options of the script that is measured. Of a step tokens and teacher are random, so that nothing is
+downloaded: `teacher` is the shape of one, the fields of a config.json or its file. --parallel=fsdp shards on
+one process too. It times max_steps steps, and ends with a line of JSON: among it the fraction of torch.mm's
+rate, measured between the steps, at which the arithmetic was done that a step cannot do without.
 """
 
-import contextlib
 import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -23,11 +26,16 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+SCRIPTS = {"step": "train.py", "sample": "sample.py", "prepare": "prepare.py"}
 
 if __name__ == "__main__":
     from configurator import configure
 
-    options = configure({"__file__": ROOT / "train.py", "__doc__": __doc__})
+    arguments = sys.argv[1:]
+    measured = "step"
+    if arguments and arguments[0] in SCRIPTS:
+        measured = arguments.pop(0)
+    options = configure({"__file__": ROOT / SCRIPTS[measured], "__doc__": __doc__}, arguments)
 
 import numpy as np
 import torch
@@ -37,33 +45,19 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import convert
 import model as models
+import prepare
 import train
-from prepare import Batch
+from configurator import need
+from sample import generate
 
-MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
+# ---- a step, on random tokens and weights
 
 
 def random_teacher(dtype: torch.dtype) -> models.Llama:
     """A teacher of the shape that the option gives, its weights not set; in place of train.py's own."""
     return models.Llama(train.base_shape(), dtype).to(dtype)
-
-
-def random_model(device: torch.device) -> models.LowRankClone | models.Llama:
-    """The model that the options describe, with random weights, which are made where they are used."""
-    with torch.device("meta"):
-        model = train.build_model(train.dtype_on(device))
-    model.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(train.seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("norm"):
-                weight.fill_(1.0)
-            else:
-                weight.normal_(0.0, 0.02, generator=generator)
-        for kept_neurons in model.buffers():
-            kept_neurons.copy_(torch.arange(len(kept_neurons)))
-    return model
 
 
 class RandomTokens:
@@ -72,21 +66,46 @@ class RandomTokens:
     def __init__(self, vocab_size: int, seq_len: int):
         self.vocab_size = vocab_size
         self.seq_len = seq_len
-        self.total = 2**40
-        self.tokens_per_block = seq_len
 
-    def batch(self, first: int, count: int) -> Batch:
+    def batch(self, first: int, count: int) -> prepare.Batch:
         tokens = np.random.default_rng(first).integers(0, self.vocab_size, (count, self.seq_len + 1))
         documents = np.zeros((count, self.seq_len), np.int64)
-        return Batch(tokens[:, :-1], tokens[:, 1:], documents, np.zeros(count, np.int64))
+        return prepare.Batch(tokens[:, :-1], tokens[:, 1:], documents, np.zeros(count, np.int64))
 
     def count_labels(self, first: int, count: int) -> int:
         return count * self.seq_len
 
 
+def make_step(device: torch.device):
+    """A function that takes the optimizer step of a number, as train.py does, and returns grad_norm."""
+    # The random weights are made where they are used.
+    with torch.device("meta"):
+        model = train.build_model(train.dtype_on(device))
+    model.to_empty(device=device)
+    torch.manual_seed(train.seed)
+    for name, weight in model.named_parameters():
+        if name.endswith("norm"):
+            torch.nn.init.ones_(weight)
+        else:
+            torch.nn.init.normal_(weight, 0.0, 0.02)
+    for kept_neurons in model.buffers():
+        kept_neurons.copy_(torch.arange(len(kept_neurons)))
+    train.speed_up(model, device)
+    make_weights = train.distribute(model, device)
+    optimizer = train.make_optimizer(model)
+    parameters = list(train.trained_parameters(model).values())
+    blocks = RandomTokens(model.config.vocab_size, train.seq_len)
+
+    def step(number: int) -> torch.Tensor:
+        train.backward_step(model, make_weights, blocks, number, device)
+        return train.take_step(optimizer, parameters)
+
+    return step
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """GFLOP/s of torch.mm on square matrices, the median of ten: the ceiling of a step's speed."""
-    n = MATMUL_SIZE[device.type]
+    n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
     rates = []
     for _ in range(10):
@@ -96,47 +115,23 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return statistics.median(rates)
 
 
-def causal_attention(q, k, v, *_, **options) -> int:
+# ---- its arithmetic
+
+
+def causal_attention(q, *_, **options) -> int:
     """The two products of causal attention [B, H, T, head_dim], of whose square half must be done."""
     batch, heads, length, head_dim = q
     return 2 * batch * heads * length * (length + 1) * head_dim
-
-
-def causal_attention_backward(grad, q, k, v, *_, **options) -> int:
-    return 2 * causal_attention(q, k, v)
 
 
 # What torch's counter does not know, or counts in full. Functions of the arguments' shapes.
 FLOPS_OF = {
     torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: causal_attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: causal_attention_backward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, *_, **options: 2 * causal_attention(q)
+    ),
 }
-
-
-@contextlib.contextmanager
-def counted_parts(counter: FlopCounterMode, parts: dict):
-    """Adds up, in `parts`, what the counter sees in each part of a forward pass."""
-
-    def counted(name: str, function):
-        def run(*arguments, **options):
-            part = name
-            if name == "layer":
-                part = "student" if torch.is_grad_enabled() else "teacher"
-            before = counter.get_total_flops()
-            result = function(*arguments, **options)
-            parts[part] += counter.get_total_flops() - before
-            return result
-
-        return run
-
-    with patch.multiple(
-        models,
-        block=counted("layer", models.block),
-        clone_losses=counted("clone losses", models.clone_losses),
-        head_loss=counted("head", models.head_loss),
-    ):
-        yield counted
 
 
 def count_flops(recompute: str = "none") -> dict[str, float]:
@@ -149,9 +144,29 @@ def count_flops(recompute: str = "none") -> dict[str, float]:
     processes = train.WORLD_SIZE
     parts = defaultdict(float)
     counter = FlopCounterMode(display=False, custom_mapping=FLOPS_OF)
-    one_pass = {"WORLD_SIZE": 1, "parallel": "ddp", "global_batch_size": size, "mask_documents": False}
-    replaced = patch.multiple(train, load_teacher=random_teacher, **one_pass)
-    with replaced, counted_parts(counter, parts) as counted:
+
+    def counted(name: str, function):
+        """The function, which adds what it computes to a part."""
+
+        def run(*arguments, **options):
+            part = name
+            if name == "layer":
+                part = "student" if torch.is_grad_enabled() else "teacher"
+            before = counter.get_total_flops()
+            result = function(*arguments, **options)
+            parts[part] += counter.get_total_flops() - before
+            return result
+
+        return run
+
+    # One process that does one of its passes.
+    alone = {"WORLD_SIZE": 1, "parallel": "ddp", "global_batch_size": size, "mask_documents": False}
+    counted_parts = {
+        "block": counted("layer", models.block),
+        "clone_losses": counted("clone losses", models.clone_losses),
+        "head_loss": counted("head", models.head_loss),
+    }
+    with patch.multiple(train, load_teacher=random_teacher, **alone), patch.multiple(models, **counted_parts):
         with torch.device("meta"):
             model = train.build_model(torch.float32)
         model.recompute = recompute
@@ -170,21 +185,7 @@ def count_flops(recompute: str = "none") -> dict[str, float]:
     return dict(parts)
 
 
-def make_step(device: torch.device):
-    """A function that takes the optimizer step of a number, as train.py does, and returns grad_norm."""
-    model = random_model(device)
-    train.speed_up(model, device)
-    make_weights = train.distribute(model, device)
-    optimizer = train.make_optimizer(model)
-    parameters = list(train.trained_parameters(model).values())
-    blocks = RandomTokens(model.config.vocab_size, train.seq_len)
-
-    def step(number: int) -> torch.Tensor:
-        train.backward_step(model, make_weights, blocks, number, device)
-        return train.take_step(optimizer, parameters)
-
-    return step
-
+# ---- its time
 
 # Words in the name of a GPU's kernel, or of an operator on a CPU, that say what it is for; the first kind
 # that has one. Compiled kernels come first, since their names say what was fused, and attention's before
@@ -208,35 +209,31 @@ def kind_of(name: str) -> str:
 def where_time_goes(step, first: int, device: torch.device) -> dict[str, float]:
     """Milliseconds of a step by kind of kernel (on a CPU: of operator), of two steps under torch.profiler.
 
-    Where two kernels run at once, both count; "no kernel" is the time in which there is none.
+    Where two kernels run at once, both count. "no kernel" is what these leave of the whole.
     """
-    is_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_gpu
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with profile(activities=activities) as profiler:
         start = time.perf_counter()
         for number in (first, first + 1):
             step(number).item()  # waits for a GPU
         elapsed = (time.perf_counter() - start) * 1e6
     microseconds = defaultdict(float)
-    busy = 0.0
-    end = 0.0
-    for event in sorted(profiler.events(), key=lambda event: event.time_range.start):
-        if not is_gpu:
+    for event in profiler.events():
+        if not on_gpu:
             microseconds[kind_of(event.name)] += event.self_cpu_time_total
-            busy += event.self_cpu_time_total
         # A range that is named by hand, as the optimizer's, would count its kernels twice.
         elif event.device_type == DeviceType.CUDA and not event.is_user_annotation:
             microseconds[kind_of(event.name)] += event.time_range.elapsed_us()
-            busy += max(0.0, event.time_range.end - max(end, event.time_range.start))
-            end = max(end, event.time_range.end)
-    if not busy:
+    if not microseconds:
         return {"torch.profiler sees no kernels here (CUPTI)": elapsed / 2e3}
     by_size = sorted(microseconds.items(), key=lambda item: -item[1])
-    nothing = "no kernel" if is_gpu else "no operator: Python, autograd"
-    return {kind: value / 2e3 for kind, value in [*by_size, (nothing, max(0.0, elapsed - busy))]}
+    nothing = "no kernel" if on_gpu else "no operator: Python, autograd"
+    rest = max(0.0, elapsed - sum(microseconds.values()))
+    return {kind: value / 2e3 for kind, value in [*by_size, (nothing, rest)]}
 
 
-def main() -> None:
+def measure_step() -> None:
     vars(train).update(options, load_teacher=random_teacher)
     if train.data is not None:
         raise ValueError("data is given, but a benchmark runs on random tokens: --data=None")
@@ -253,12 +250,10 @@ def main() -> None:
         rates.append(matmul_rate(device, train.dtype_on(device)))
     memory = train.peak_memory_gib(device)
     milliseconds = where_time_goes(step, train.max_steps, device)
-    if train.RANK == 0:
-        report(seconds, rates, memory, milliseconds)
     train.barrier()
+    if train.RANK > 0:
+        return
 
-
-def report(seconds: list[float], rates: list[float], memory: float, milliseconds: dict) -> None:
     tokens = train.global_batch_size * train.seq_len
     median = statistics.median(seconds[1:] or seconds)
     rate = statistics.median(rates) * train.WORLD_SIZE
@@ -281,9 +276,68 @@ def report(seconds: list[float], rates: list[float], memory: float, milliseconds
     print(json.dumps(numbers | {"ms": {name: round(value, 2) for name, value in milliseconds.items()}}))
 
 
+# ---- the other two scripts, three times each, in turns with what they are measured by
+
+
+@torch.inference_mode()
+def measure_sample() -> None:
+    """Decoding speed, beside transformers' generate, of num_samples random prompts: greedy, in float32."""
+    ours = convert.load_model(options["model"])
+    if options["compile"]:
+        ours.run_block = torch.compile(ours.run_block, dynamic=True)
+    transformers = need("transformers", "tools/bench.py sample")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(options["model"], dtype=torch.float32)
+    theirs.generation_config.eos_token_id = None  # every row runs to its end
+    ids = torch.randint(ours.config.vocab_size, (options["num_samples"], 32))
+
+    def by_sample(count: int) -> None:
+        list(generate(ours, ids.tolist(), count))
+
+    def by_transformers(count: int) -> None:
+        settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+        theirs.generate(ids, max_new_tokens=count, **settings)
+
+    rates = {by_sample: 0.0, by_transformers: 0.0}
+    for function in [*rates] * 3:
+        function(4)  # compiles, and touches memory
+        start = time.perf_counter()
+        function(options["max_new_tokens"])
+        rate = len(ids) * options["max_new_tokens"] / (time.perf_counter() - start)
+        # The fastest counts: what else the machine does only slows.
+        rates[function] = max(rate, rates[function])
+    rate, reference = rates.values()
+    print(f"sample.py {rate:.1f} tokens/s, transformers {reference:.1f}, ratio {rate / reference:.2f}")
+
+
+def measure_prepare() -> None:
+    """Tokens a second, beside encode_batch on the same documents, as the shards have them."""
+    tokenizer = prepare.load_tokenizer(options["tokenizer"])
+    with tempfile.TemporaryDirectory(prefix="bench_", dir=ROOT / "data") as work:
+        for turn in range(3):
+            shards = Path(work) / f"shards_{turn}"
+            start = time.perf_counter()
+            command = [sys.executable, "prepare.py", *arguments, f"--out={shards}"]
+            if subprocess.run(command, cwd=ROOT, stdout=sys.stderr).returncode:
+                raise ValueError("prepare.py failed; what it said is above")
+            seconds = time.perf_counter() - start
+
+            documents = []
+            for file in shards.glob("*tokens_*.npy"):
+                ends = np.load(str(file).replace("tokens", "ends"))
+                documents += [document.tolist() for document in np.split(np.load(file), ends[:-1])]
+            texts = tokenizer.decode_batch(documents)
+            start = time.perf_counter()
+            for first in range(0, len(texts), 256):
+                tokenizer.encode_batch(texts[first : first + 256], add_special_tokens=False)
+            rate = sum(map(len, documents)) / seconds
+            reference = sum(map(len, documents)) / (time.perf_counter() - start)
+            ratio = rate / reference
+            print(f"prepare.py {rate:,.0f} tokens/s, encode_batch {reference:,.0f}, ratio {ratio:.2f}")
+
+
 if __name__ == "__main__":
     try:
-        main()
+        {"step": measure_step, "sample": measure_sample, "prepare": measure_prepare}[measured]()
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     if torch.distributed.is_initialized():

@@ -1,20 +1,29 @@
-"""Scores every checkpoint of a run: lm-eval's tasks, and how long it agrees with its teacher's own words.
+"""Scores every checkpoint of a run: by tasks, and by how long it agrees with its teacher's own words.
 
-    python tools/evaluate.py --out_dir=out/lrc_1_5b --tasks=arc_easy,piqa,gsm8k
+    python tools/evaluate.py --out_dir=out/lrc_1_5b --tasks=arc_easy,piqa,gsm8k                  # of lm-eval
     python tools/evaluate.py --out_dir=out/lrc_1_5b --tasks=gsm8k --arguments='("--limit=100",)'
     python tools/evaluate.py --out_dir=out/quickstart --tasks= --data=data/quickstart/corpus    # no download
+    pip download --no-deps bigbench==1.0.0 && tar xzf bigbench-1.0.0.tar.gz
+    python tools/evaluate.py --out_dir=out/smollm2_135m --tasks=phrase_relatedness,social_iqa \\
+        --bigbench=bigbench-1.0.0/bigbench/benchmark_tasks
 
-Each checkpoint (train.py keeps keep_last of them) is exported by convert.py for as long as lm_eval takes, and
-becomes a line of results.jsonl in out_dir. One that has a line with the same options is passed over, so that
-the same command goes on where it was stopped, and scores what was saved since.
+Each checkpoint (train.py keeps keep_last of them) becomes a line of results.jsonl in out_dir. One that has a
+line with the same options is passed over, so that the same command goes on where it was stopped, and scores
+what was saved since. For lm_eval a checkpoint is exported by convert.py for as long as that takes.
+
+BIG-bench's tasks need no harness. Of an example's choices the likeliest behind its text counts ("accuracy"),
+and the one that is likeliest per byte of it ("accuracy_per_byte": log-likelihood over length). Student and
+teacher are scored by the same function, in float32, beside chance. The choices are not listed in the text.
 
 The agreement needs no task: the teacher continues held-out text by its likeliest tokens, and the student's
 likeliest tokens are counted up to the first that is another. 0 is none of them, `new_tokens` all.
 """
 
 out_dir = "out/quickstart"  # of a run; the results are appended to its results.jsonl
-tasks = "arc_easy,arc_challenge,logiqa,commonsense_qa,piqa,winogrande,boolq,sciq,mmlu"  # of lm_eval; "": none
+tasks = "arc_easy,arc_challenge,logiqa,commonsense_qa,piqa,winogrande,boolq,sciq,mmlu"  # "": none
 arguments: tuple = ()  # more arguments of lm_eval, as in '("--limit=100", "--num_fewshot=5")'
+bigbench: str | None = None  # directory of BIG-bench's tasks, of which `tasks` then are; None: of lm_eval
+examples = 500  # of each of BIG-bench's tasks, the first so many
 data: str | None = None  # shard directory whose held-out text is continued; None: without the agreement
 agreement_blocks = 64  # pieces of held-out text
 prompt_tokens = 64  # of each, from its start
@@ -40,13 +49,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import convert
-from configurator import choose_device, fail
-from model import Llama, LowRankClone
-from prepare import Mixture
+from configurator import choose_device, fail, read_json
+from model import Llama, LowRankClone, rope_table
+from prepare import Mixture, encode_text, load_tokenizer, special_ids
 from sample import generate
 
 # Scores that differ with these are not the same scores.
@@ -72,15 +82,19 @@ def agreement_length(student: Llama, teacher: Llama, blocks: torch.Tensor, new_t
     return total / len(blocks)
 
 
-def measure_agreement(checkpoint: Path, device: torch.device) -> float:
-    """agreement_length of a student's checkpoint and its teacher, on the first held-out blocks of `data`."""
+def load_pair(checkpoint: Path, device: torch.device) -> tuple[Llama, Llama | None]:
+    """(student, teacher) of a checkpoint; the teacher of one that is no clone is the option's, or None."""
     student = convert.load_checkpoint(checkpoint, teacher)
     if isinstance(student, LowRankClone):
-        reference = student.teacher
-        student = student.merge()
-    elif teacher is not None:
-        reference = convert.load_model(teacher)
-    else:
+        return student.merge().to(device), student.teacher.to(device)
+    reference = convert.load_model(teacher).to(device) if teacher else None
+    return student.to(device), reference
+
+
+def measure_agreement(checkpoint: Path, device: torch.device) -> float:
+    """agreement_length of a student's checkpoint and its teacher, on the first held-out blocks of `data`."""
+    student, reference = load_pair(checkpoint, device)
+    if reference is None:
         raise ValueError(f"{checkpoint} does not say what its teacher is: give --teacher=DIR")
     heldout = Mixture({data: None}, "heldout", prompt_tokens, seed=0)
     size = heldout.sources[0].meta["vocab_size"]
@@ -88,7 +102,98 @@ def measure_agreement(checkpoint: Path, device: torch.device) -> float:
         raise ValueError(f"{data} has {size} token ids; the model has {student.config.vocab_size}")
     blocks = heldout.batch(0, min(agreement_blocks, heldout.total)).ids
     ids = torch.as_tensor(blocks).to(device)
-    return agreement_length(student.to(device), reference.to(device), ids, new_tokens)
+    return agreement_length(student, reference, ids, new_tokens)
+
+
+# ---- BIG-bench's tasks
+
+
+def read_task(name: str) -> list[tuple[str, dict[str, float]]]:
+    """[(what the model reads, {choice: its score})] of a task, with BIG-bench's prefixes around the input.
+
+    The choices are not listed in it, as BIG-bench does: small models do not read such a list.
+    """
+    task = read_json(Path(bigbench) / name / "task.json")
+    found = task.get("examples")
+    if not found:
+        raise ValueError(f"{bigbench}/{name}/task.json has no examples; a task of parts is named TASK/PART")
+    if not all("target_scores" in example for example in found):
+        raise ValueError(f"{bigbench}/{name} is no multiple choice: it has examples without target_scores")
+    prefix = task.get("task_prefix", "") + task.get("example_input_prefix", "\nQ: ")
+    suffix = task.get("example_output_prefix", "\nA: ")
+    return [(prefix + example["input"] + suffix, example["target_scores"]) for example in found[:examples]]
+
+
+@torch.no_grad()
+def log_likelihoods(llama: Llama, text: list[int], choices: list[list[int]]) -> list[float]:
+    """log p(choice | text) of each choice, summed over its tokens; all are ids.
+
+    One forward pass over the text and, behind it, all choices: each sees the text and itself.
+    """
+    device = llama.norm.device
+    ids = [*text]
+    owner = [-1] * len(text)
+    positions = [*range(len(text))]
+    for number, choice in enumerate(choices):
+        ids += choice
+        owner += [number] * len(choice)
+        positions += range(len(text), len(text) + len(choice))
+    owner = torch.tensor(owner, device=device)
+    mask = (owner == -1) | (owner == owner[:, None])
+    mask = mask.tril()[None, None]  # [1, 1, T, T]
+    rope = rope_table(llama.config, torch.tensor(positions, device=device))
+    scores = llama.logits(torch.tensor([ids], device=device), rope=rope, mask=mask)[0].log_softmax(-1)
+    found = []
+    start = len(text)
+    for choice in choices:
+        # A choice's first token is foretold by the text's last, each other by the one before it.
+        before = [len(text) - 1, *range(start, start + len(choice) - 1)]
+        found.append(scores[before[: len(choice)], choice].sum().item())
+        start += len(choice)
+    return found
+
+
+def score_model(llama: Llama, tokenizer_dir: str, questions: list[tuple[str, dict]], desc: str) -> dict:
+    """The accuracies of a model on read_task's questions, each with its standard error."""
+    tokenizer = load_tokenizer(tokenizer_dir)
+    bos, _ = special_ids(tokenizer, tokenizer_dir)
+    right = {"accuracy": [], "accuracy_per_byte": []}
+    for text, scores in tqdm(questions, desc=desc, unit="question", leave=False):
+        # A space at the text's end goes to the choices, whose first token begins with it.
+        ids = bos + encode_text(tokenizer, text.rstrip(" "))
+        space = " " * text.endswith(" ")
+        choices = [encode_text(tokenizer, space + choice, goes_on=True) for choice in scores]
+        sums = log_likelihoods(llama, ids, choices)
+        means = [value / max(1, len(choice.encode())) for value, choice in zip(sums, scores, strict=True)]
+        for name, likelihoods in zip(right, (sums, means), strict=True):
+            right[name].append([*scores.values()][likelihoods.index(max(likelihoods))])
+    result = {}
+    for name, values in right.items():
+        result[name] = round(float(np.mean(values)), 4)
+        result[f"{name}_stderr"] = round(float(np.std(values) / len(values) ** 0.5), 4)
+    return result
+
+
+def run_bigbench(checkpoint: Path, device: torch.device, known: dict) -> dict:
+    """{task: {"examples", "chance", "student": score_model's, "teacher"}}; known: results of the same run,
+    whose teacher is the same."""
+    student, reference = load_pair(checkpoint, device)
+    tokenizer_dir = convert.tokenizer_directory(checkpoint, teacher)
+    results = {}
+    for name in tasks.split(","):
+        questions = read_task(name)
+        chance = np.mean([np.mean([*scores.values()]) for _, scores in questions])
+        result = {"examples": len(questions), "chance": round(float(chance), 4)}
+        result["student"] = score_model(student, tokenizer_dir, questions, f"{name}, student")
+        if name in known:
+            result["teacher"] = known[name].get("teacher")
+        elif reference is not None:
+            result["teacher"] = score_model(reference, tokenizer_dir, questions, f"{name}, teacher")
+        results[name] = result
+    return results
+
+
+# ---- lm-eval's tasks
 
 
 def call(command: list[str]) -> None:
@@ -99,7 +204,7 @@ def call(command: list[str]) -> None:
         raise ValueError(f"{name} ended with exit code {code}; what it said is above")
 
 
-def run_tasks(checkpoint: Path, device: torch.device) -> dict:
+def run_lm_eval(checkpoint: Path, device: torch.device) -> dict:
     """lm_eval's scores of a checkpoint: {task: {metric: value}}."""
     with tempfile.TemporaryDirectory(prefix="export_", dir=out_dir) as directory:
         export = f"{directory}/model"
@@ -113,7 +218,7 @@ def run_tasks(checkpoint: Path, device: torch.device) -> dict:
         command += [f"--model_args=pretrained={export},dtype={dtype}", f"--output_path={results}", *arguments]
         call(command)
         (file,) = Path(results).rglob("results_*.json")
-        return convert.read_json(file)["results"]
+        return read_json(file)["results"]
 
 
 def read_results(file: Path) -> list[dict]:
@@ -134,17 +239,23 @@ def append_result(file: Path, line: dict) -> None:
 
 
 def check_options() -> None:
-    for name in ("agreement_blocks", "prompt_tokens", "new_tokens"):
+    for name in ("examples", "agreement_blocks", "prompt_tokens", "new_tokens"):
         if globals()[name] < 1:
             raise ValueError(f"{name} is {globals()[name]}; it must be at least 1")
     if not tasks and data is None:
-        raise ValueError("there is nothing to measure: name lm_eval's --tasks, or --data=SHARDS, or both")
-    if tasks and importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("there is nothing to measure: name --tasks, or --data=SHARDS, or both")
+    if tasks and bigbench:
+        # Refused before a model is loaded.
+        for name in tasks.split(","):
+            read_task(name)
+    elif tasks and importlib.util.find_spec("lm_eval") is None:
         raise ValueError('lm_eval is not installed: pip install "lm-eval[hf]" (or --tasks= goes without it)')
 
 
 def settings_of(checkpoint: Path) -> dict:
     settings = {name: globals()[name] for name in SETTINGS}
+    if bigbench:
+        settings |= {"bigbench": bigbench, "examples": examples}
     if teacher and not convert.is_clone(checkpoint):  # a clone says itself what its teacher is
         settings["teacher"] = teacher
     return json.loads(json.dumps(settings))  # as they are read: a tuple is a list
@@ -169,8 +280,11 @@ def main() -> None:
         line = {"checkpoint": checkpoint.name, "step": int(checkpoint.name[5:]), "settings": settings}
         if data is not None:
             line["agreement_length"] = measure_agreement(checkpoint, device_used)
-        if tasks:
-            line["results"] = run_tasks(checkpoint, device_used)
+        if tasks and bigbench:
+            same = [line["results"] for line in read_results(file) if line.get("settings") == settings]
+            line["results"] = run_bigbench(checkpoint, device_used, same[-1] if same else {})
+        elif tasks:
+            line["results"] = run_lm_eval(checkpoint, device_used)
         append_result(file, line)
         bar.write(json.dumps({name: value for name, value in line.items() if name != "settings"}))
 

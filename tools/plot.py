@@ -3,14 +3,12 @@
     python tools/plot.py out/quickstart
     python tools/plot.py out/study/ours_1 out/study/paper_1 --out=curves.png
 
-Reads their metrics.jsonl; needs matplotlib. A run of tools/study.py is labelled with its variant's name.
+Reads their metrics.jsonl; needs matplotlib.
 """
 
 import json
 import sys
 from pathlib import Path
-
-VARIANTS = Path(__file__).resolve().parents[1] / "config/study"
 
 
 def read_metrics(directory: str) -> list[dict]:
@@ -22,17 +20,10 @@ def read_metrics(directory: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def label_of(directory: str) -> str:
-    """The variant of a run of tools/study.py, whose directory is VARIANT_SEED; else the directory's name."""
-    name = Path(directory).resolve().name
-    variant = name.rpartition("_")[0]
-    return variant if variant and (VARIANTS / f"{variant}.py").is_file() else name
-
-
 def labels_of(directories: list[str]) -> list[str]:
-    """A label for each run; where two would have the same, the directories themselves."""
-    labels = [label_of(directory) for directory in directories]
-    return labels if len(set(labels)) == len(labels) else directories
+    """The directories' names; where two have the same, the directories themselves."""
+    names = [Path(directory).resolve().name for directory in directories]
+    return names if len(set(names)) == len(names) else directories
 
 
 def evaluations_of(lines: list[dict]) -> list[dict]:

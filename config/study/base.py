@@ -1,9 +1,9 @@
 """Base of the token-efficiency study: the quickstart, 204,800 tokens, evaluated every 10,240.
 
     python tools/study.py         # all variants and seeds, and their table
-    python train.py config/study/base.py config/study/paper.py --seed=1 --out_dir=out/study/paper_1
+    python train.py config/study/base.py --init=random --seed=1 --out_dir=out/study/init_random_1
 
-Each other file here is a variant on top of it (or of smollm2.py) and changes only what its name says.
+variants.py has the variants; each changes only what its name says.
 """
 
 global_batch_size = 8

@@ -1,6 +1,6 @@
 """Base of the study of free weights, in place of base.py: 614,400 tokens, evaluated every 30,720.
 
-python tools/study.py --base=config/study/long.py --variants="('ours', 'both', 'weights')"
+python tools/study.py --base=config/study/long.py --variants="('ours', 'weights')"
 """
 
 global_batch_size = 8

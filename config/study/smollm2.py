@@ -2,7 +2,8 @@
 
 hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir models/SmolLM2-135M-Instruct
 python prepare.py --tokenizer=models/SmolLM2-135M-Instruct --out=data/stdlib_smollm2
-python tools/study.py --base=config/study/smollm2.py --variants="('paper', 'rate_3e_4')" --seeds="(1,)"
+python tools/study.py --base=config/study/smollm2.py --seeds="(1,)" \\
+    --variants="('paper --kl_weight=0.32', 'rate_3e_4')"    # seq_len over the paper's T²
 """
 
 teacher = "models/SmolLM2-135M-Instruct"

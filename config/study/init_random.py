@@ -1,3 +1,0 @@
-"""Ours from random projections, N(0, 0.02)."""
-
-init = "random"

@@ -1,3 +1,0 @@
-"""Ours without the next-token loss."""
-
-lm_weight = 0.0

@@ -1,3 +1,0 @@
-"""Ours without the KL to the teacher's predictions."""
-
-kl_weight = 0.0

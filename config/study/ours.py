@@ -1,1 +1,0 @@
-"""Ours: train.py's defaults, with nothing changed."""

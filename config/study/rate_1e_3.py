@@ -1,3 +1,0 @@
-"""Ours at a third of the learning rate."""
-
-learning_rate = 1e-3

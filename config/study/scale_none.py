@@ -1,3 +1,0 @@
-"""Ours with clone terms as plain mean squared errors."""
-
-clone_scale = "none"

@@ -1,0 +1,58 @@
+"""The variants of the study: {name: options of train.py on top of a base config}, by base.py's sizes.
+
+tools/study.py runs any of them by its name, and prints the command that it runs.
+"""
+
+import pathlib
+import runpy
+
+_SCRATCH = runpy.run_path(pathlib.Path(__file__).parents[1] / "quickstart_scratch.py")
+
+# As the authors' code runs it (arXiv 2505.12781).
+_PAPER = {
+    "init": "random",  # N(0, 0.02)
+    "kl_temperature": 40.0,
+    "kl_weight": 256 / 40**2,  # their KL is summed over the sequence, seq_len, and has no T²
+    "clone_weight": 0.2,  # alpha
+    "clone_scale": "none",
+    "clone_attn_out": "teacher",  # as their code computes it; the paper's formula is "student"
+}
+
+VARIANTS = {
+    # The student's shape as a plain LM, from random weights, without a teacher.
+    "scratch": {
+        "teacher": None,
+        "tokenizer": _SCRATCH["tokenizer"],
+        "model_config": _SCRATCH["model_config"],
+    },
+    "paper": _PAPER,
+    "paper_t1": {**_PAPER, "kl_temperature": 1.0, "kl_weight": 1.0},
+    # CE and KL alone train random projections: near to "from scratch + KL".
+    "no_clone_random": {"init": "random", "clone_weight": 0.0},
+    "init_random": {"init": "random"},
+    "scale_none": {"clone_scale": "none"},
+    "temperature_40": {"kl_temperature": 40.0, "kl_weight": 1.0},  # times T², as at T = 1
+    "no_clone": {"clone_weight": 0.0},
+    "no_ffn": {"clone_skip": ("gate", "up", "mlp_out")},
+    "no_attention": {"clone_skip": ("q", "k", "v", "attn_out")},
+    "no_ce": {"lm_weight": 0.0},
+    "no_kl": {"kl_weight": 0.0},
+    "rate_1e_3": {"learning_rate": 1e-3},
+    "rate_3e_4": {"learning_rate": 3e-4},  # low enough for SmolLM2-135M
+    "half_ffn": {"student_intermediate_size": 256},  # the neurons that add most
+    "half_layers": {"student_layers": 3},  # the first and the last among them
+    # train.py's defaults, with nothing changed.
+    "ours": {},
+    # The student's own weights, started from what the projections compose.
+    "weights": {"train": "weights"},
+    # What was best at 204,800 tokens: Muon, the KL alone, and four times as many, smaller steps.
+    "best": {
+        "optimizer": "muon",
+        "lm_weight": 0.0,
+        "learning_rate": 1.5e-3,
+        "global_batch_size": 2,
+        "micro_batch_size": 2,
+        "max_steps": 400,
+        "eval_every": 20,
+    },
+}

@@ -1,3 +1,0 @@
-"""The student's own weights, started from what the projections compose."""
-
-train = "weights"
