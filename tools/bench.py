@@ -57,7 +57,7 @@ from sample import generate
 
 def random_teacher(dtype: torch.dtype) -> models.Llama:
     """A teacher of the shape that the option gives, its weights not set; in place of train.py's own."""
-    return models.Llama(train.base_shape(), dtype).to(dtype)
+    return models.Llama(train.base_shape()).to(dtype)
 
 
 class RandomTokens:
@@ -91,14 +91,13 @@ def make_step(device: torch.device):
     for kept_neurons in model.buffers():
         kept_neurons.copy_(torch.arange(len(kept_neurons)))
     train.speed_up(model, device)
-    make_weights = train.distribute(model, device)
-    optimizer = train.make_optimizer(model)
-    parameters = list(train.trained_parameters(model).values())
+    make_weights = train.distribute(model.trained, device)
+    optimizer = train.make_optimizer(model.trained)
     blocks = RandomTokens(model.config.vocab_size, train.seq_len)
 
     def step(number: int) -> torch.Tensor:
-        train.backward_step(model, make_weights, blocks, number, device)
-        return train.take_step(optimizer, parameters)
+        rate = train.learning_rate
+        return train.training_step(model, make_weights, optimizer, blocks, number, rate, train.Metrics())
 
     return step
 
@@ -173,14 +172,17 @@ def count_flops(recompute: str = "none") -> dict[str, float]:
         blocks = RandomTokens(model.config.vocab_size, train.seq_len)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
+            make_weights = counted("compose", model.trained)
+            # Its optimizer does nothing, since neither clipping nor AdamW is products.
+            optimizer = torch.optim.SGD(model.trained.parameters(), fused=True)
             with counter:
-                train.backward_step(model, counted("compose", model), blocks, 0, torch.device("cpu"))
+                train.training_step(model, make_weights, optimizer, blocks, 0, 0.0, train.Metrics())
     forward = sum(parts.values())
     # Composing goes backward once too, to the projections: as many operations as forward.
     parts["backward of the rest"] = counter.get_total_flops() - forward - parts["compose"]
     for name in parts:
         parts[name] *= 2 * processes if name == "compose" else passes * processes
-    if not isinstance(model, models.LowRankClone):
+    if not model.composes:
         parts.pop("compose")
     return dict(parts)
 

@@ -55,7 +55,7 @@ from tqdm import tqdm
 
 import convert
 from configurator import choose_device, fail, read_json
-from model import Llama, LowRankClone, rope_table
+from model import Llama, Student, layer_contexts
 from prepare import Mixture, encode_text, load_tokenizer, special_ids
 from sample import generate
 
@@ -76,7 +76,7 @@ def agreement_length(student: Llama, teacher: Llama, blocks: torch.Tensor, new_t
     for block, continuation in zip(blocks, continuations, strict=True):
         ids = torch.cat([block, continuation])[None]
         # The logits at each position are for the token after it.
-        likeliest = student.logits(ids)[0, len(block) - 1 : -1].argmax(-1)
+        likeliest = student(ids)[0, len(block) - 1 : -1].argmax(-1)
         agrees = (likeliest == continuation).int()
         total += agrees.cumprod(0).sum().item()
     return total / len(blocks)
@@ -85,7 +85,7 @@ def agreement_length(student: Llama, teacher: Llama, blocks: torch.Tensor, new_t
 def load_pair(checkpoint: Path, device: torch.device) -> tuple[Llama, Llama | None]:
     """(student, teacher) of a checkpoint; the teacher of one that is no clone is the option's, or None."""
     student = convert.load_checkpoint(checkpoint, teacher)
-    if isinstance(student, LowRankClone):
+    if isinstance(student, Student):
         return student.merge().to(device), student.teacher.to(device)
     reference = convert.load_model(teacher).to(device) if teacher else None
     return student.to(device), reference
@@ -141,8 +141,8 @@ def log_likelihoods(llama: Llama, text: list[int], choices: list[list[int]]) -> 
     owner = torch.tensor(owner, device=device)
     mask = (owner == -1) | (owner == owner[:, None])
     mask = mask.tril()[None, None]  # [1, 1, T, T]
-    rope = rope_table(llama.config, torch.tensor(positions, device=device))
-    scores = llama.logits(torch.tensor([ids], device=device), rope=rope, mask=mask)[0].log_softmax(-1)
+    contexts = layer_contexts(llama.config, torch.tensor(positions, device=device), mask)
+    scores = llama(torch.tensor([ids], device=device), contexts=contexts)[0].log_softmax(-1)
     found = []
     start = len(text)
     for choice in choices:
