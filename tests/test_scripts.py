@@ -18,7 +18,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import convert
-import model as models
 import train
 from prepare import Mixture
 from sample import generate, pick
@@ -379,36 +378,6 @@ def test_pick_keeps_top_k_and_top_p():
         # four standard deviations of a share of 2000 draws
         torch.testing.assert_close(found, torch.tensor(expected).float(), rtol=0, atol=0.045)
         assert [p > 0 for p in found.tolist()] == [p > 0 for p in expected]
-
-
-def test_muon_trains_matrices_and_adamw_the_rest(monkeypatch):
-    """Muon's step has the gradient's singular vectors, all with one singular value, but for its iteration."""
-    monkeypatch.setattr(train, "optimizer", "muon")
-    monkeypatch.setattr(train, "learning_rate", 0.01)
-    config = {"model_type": "llama", "hidden_size": 16, "tie_word_embeddings": True, **SHAPE}
-    model = models.Llama(convert.from_hf(config)).init_weights(1)
-    parameters = dict(model.named_parameters())
-    optimizer = train.make_optimizer(model)
-    before = {name: p.detach().clone() for name, p in parameters.items()}
-    for p in parameters.values():
-        p.grad = torch.full_like(p, float("nan"))
-    train.take_step(optimizer, list(parameters.values()))
-    assert all(torch.equal(p, before[name]) for name, p in parameters.items())
-
-    gradients = {name: torch.randn_like(p) for name, p in parameters.items()}
-    for name, p in parameters.items():
-        p.grad = gradients[name].clone()
-    train.take_step(optimizer, list(parameters.values()))
-    by_muon = {name for name, p in parameters.items() if "momentum_buffer" in optimizer.state[p]}
-    assert by_muon == {name for name, p in parameters.items() if p.ndim == 2} - {"embedding"}
-    for name in by_muon:
-        u, strengths, v = torch.linalg.svd(gradients[name], full_matrices=False)
-        values = u.T @ (before[name] - parameters[name].detach()) @ v.T
-        step = 0.01 * 0.2 * max(gradients[name].shape) ** 0.5
-        strong = strengths > 0.1 * strengths[0]  # its five rounds leave weak ones behind
-        assert ((values.diagonal() / step - 1).abs()[strong] < 0.5).all(), name
-        assert values.fill_diagonal_(0).abs().max() < 0.05 * step, name
-    assert not torch.equal(parameters["norm"], before["norm"])
 
 
 @pytest.mark.parametrize("broken", ["init", "log"])
