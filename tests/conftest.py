@@ -2,10 +2,13 @@
 
 import gzip
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -37,10 +40,42 @@ def pytest_cmdline_main(config):
         config.option.dist = "loadfile"
 
 
+# A script starts in a process that is forked from one which has torch: importing that anew takes seconds.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["conftest", "pyarrow.parquet", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp",
+     "transformers.models.llama.modeling_llama"]
+)  # fmt: skip
+os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def execute(script, arguments, environment, outputs):
+    """What `python SCRIPT ARGUMENTS` does, from the repository's root; outputs: files of stdout and stderr."""
+    for stream, file in enumerate(outputs, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = [script, *arguments]
+    sys.path[:0] = [os.path.dirname(ROOT / script), *environment.get("PYTHONPATH", "").split(":")]
+    runpy.run_path(ROOT / script, run_name="__main__")
+
+
+def launch(script, *arguments, outputs, **environment):
+    """The script as a process that was started, with these variables in its environment."""
+    arguments = [*map(str, arguments)]
+    process = FORKS.Process(target=execute, args=(str(script), arguments, os.environ | environment, outputs))
+    process.start()
+    return process
+
+
 def run(script, *arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, script, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as directory:
+        outputs = [Path(directory) / name for name in ("stdout", "stderr")]
+        process = launch(script, *arguments, outputs=outputs)
+        process.join()
+        texts = [file.read_text() for file in outputs]
+        return subprocess.CompletedProcess([script, *arguments], process.exitcode, *texts)
 
 
 def succeed(script, *arguments):
