@@ -50,7 +50,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def execute(script, arguments, environment, outputs):
-    """What `python SCRIPT ARGUMENTS` does, from the repository's root; outputs: files of stdout and stderr."""
+    """What `python SCRIPT ARGUMENTS` does in the repository's root; outputs: of stdout and of stderr."""
     for stream, file in enumerate(outputs, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.environ.clear()

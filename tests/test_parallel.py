@@ -8,11 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, clone_options, metrics
+from conftest import ROOT, clone_options, launch, metrics
 from safetensors.torch import load_file
 from test_scripts import plain_options
 from torch.distributed.checkpoint import HuggingFaceStorageReader
@@ -21,40 +23,54 @@ from torch.distributed.checkpoint import load as load_distributed
 import convert
 import train as train_script
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--rdzv_backend=c10d")
 STEADY = ("--lr_schedule=constant", "--warmup_ratio=0", "--log_every=1", "--eval_every=0", "--keep_last=9")
 
 
-def start(processes, *arguments, torchrun=(), script="train.py", limit=None):
-    """The script as a process, under torchrun where there are several; limit: bytes that a file may have."""
-    launcher = (sys.executable,)
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
+
+
+def train(processes, *arguments, code=0, script="train.py"):
+    """The script by so many processes, as torchrun sets them up; what all of them printed."""
+    environment = {}
     if processes > 1:
-        with socket.socket() as free:  # a port of its own
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        launcher = (
-            *TORCHRUN,
-            f"--rdzv_endpoint=localhost:{port}",
-            f"--nproc_per_node={processes}",
-            *torchrun,
-        )
+        environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+        environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "output"
+        ranks = []
+        for rank in range(processes):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            ranks.append(launch(script, *arguments, outputs=(output, output), **environment, **own))
+        for process in ranks:
+            process.join(200)
+            if process.exitcode != 0:  # torchrun too ends the others
+                break
+        codes = [process.exitcode for process in ranks]
+        for process in ranks:
+            process.kill()
+        text = output.read_text()
+    assert (codes == [0] * processes) == (code == 0), text
+    return text
+
+
+def start(*arguments, torchrun=(), limit=None):
+    """train.py as a process, by torchrun on two where it has options; limit: bytes that a file may have."""
+    launcher = [sys.executable]
+    if torchrun:
+        launcher += ["-m", "torch.distributed.run", "--rdzv_backend=c10d", "--nproc_per_node=2"]
+        launcher += [f"--rdzv_endpoint=localhost:{free_port()}", *torchrun]
 
     def limited():
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     return subprocess.Popen(
-        [*launcher, script, *map(str, arguments)], cwd=ROOT, env=ENVIRONMENT, text=True, preexec_fn=limited,
+        [*launcher, "train.py", *map(str, arguments)], cwd=ROOT, text=True, preexec_fn=limited,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
-
-
-def train(processes, *arguments, code=0, **options):
-    process = start(processes, *arguments, **options)
-    output = process.communicate(timeout=200)[0]
-    assert (process.returncode == 0) == (code == 0), output
-    return output
 
 
 def when_logged(process, out_dir, steps):
@@ -217,7 +233,7 @@ def test_resume_on_other_processes(work, teacher, corpus, alone):
 def test_a_signal_to_one_rank_saves_and_ends(work, teacher, corpus, alone):
     out = work / "stopped"
     options = clone_options(teacher, corpus, out, *STEADY, "--micro_batch_size=2")
-    process = start(2, *options, "--max_steps=100000", "--save_every=100000")
+    process = start(*options, "--max_steps=100000", "--save_every=100000", torchrun=("--max_restarts=0",))
     when_logged(process, out, 4)
     os.kill(ranks_of(process)[1], signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
@@ -229,7 +245,7 @@ def test_a_signal_to_one_rank_saves_and_ends(work, teacher, corpus, alone):
 def test_torchrun_restarts_from_the_last_checkpoint(work, teacher, corpus, alone):
     out = work / "restarted"
     options = clone_options(teacher, corpus, out, *STEADY, "--micro_batch_size=1", "--save_every=2")
-    process = start(2, *options, "--max_steps=20", torchrun=("--max_restarts=1",))
+    process = start(*options, "--max_steps=20", torchrun=("--max_restarts=1",))
     when_logged(process, out, 6)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     output = process.communicate(timeout=120)[0]
@@ -244,7 +260,9 @@ def test_full_disk_keeps_the_older_checkpoint(work, teacher, corpus, alone):
     shutil.rmtree(out / "step_00000020")
     size = (out / "step_00000010/model.safetensors").stat().st_size
     options = (*clone_options(teacher, corpus, out, *STEADY), "--resume=True")
-    output = train(1, *options, code=1, limit=int(1.5 * size))
+    process = start(*options, limit=int(1.5 * size))
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 2
     assert "error: " in output and "could not be written" in output and "Traceback" not in output
     assert [path.name for path in out.iterdir() if path.is_dir()] == ["step_00000010"]
     train(1, *options)
