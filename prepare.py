@@ -346,10 +346,10 @@ def split_file(file: Path, settings: dict) -> Iterator[Part]:
         for group in range(parquet.num_row_groups):
             yield Part(file, group, 0, parquet.metadata.row_group(group).total_byte_size)
         return
-    if kind == "json" and size > LONGEST_ROW:
-        with open_stream(file, compression) as stream:
-            if begins_array(stream):
-                raise ValueError(f"{file} is {ARRAY_TOO_LONG}")
+    # Here what cannot be opened, or lacks a package, is told before any work.
+    with open_stream(file, compression) as stream:
+        if kind == "json" and size > LONGEST_ROW and begins_array(stream):
+            raise ValueError(f"{file} is {ARRAY_TOO_LONG}")
     # Lines are cut into small parts, so that units of them are of one size; a part of a text is a document.
     steps = {"jsonl": max(1, settings["unit_bytes"] // 16), "txt": LONGEST_TEXT}
     # What is compressed, or can be an array, is read from its start.
@@ -483,11 +483,6 @@ def read_rows(part: Part, kind: str, compression: str | None, settings: dict) ->
 # ---- documents: the text or the turns of a row, as token ids
 
 
-def split_of(key: str, heldout_fraction: float) -> str:
-    number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
-    return "heldout" if number < heldout_fraction * 2**64 else "tokens"
-
-
 def lookup(row: dict, key: str):
     """The value under a name, or under names joined by dots; None where there is none."""
     if key in row:
@@ -505,7 +500,6 @@ class Encoder:
         self.model = load_tokenizer(settings["tokenizer"])
         self.bos_ids, self.eos_id = special_ids(self.model, settings["tokenizer"])
         self.special = special_pattern(self.model)
-        self.puts_space_first = puts_space_first(self.model)
         self.vocab_size = max(self.model.get_vocab().values()) + 1
         self.dtypes = {"tokens": "uint16" if self.vocab_size <= 2**16 else "uint32", "ends": "int64"}
         if settings["sft"]:
@@ -521,12 +515,13 @@ class Encoder:
         puts before the last answer, part of the prompt when it answers. A thought that it keeps is in.
         """
         tools = json.loads(tools or "null") if isinstance(tools, str) else tools
-        if not isinstance(tools or [], list) or not all(isinstance(tool, dict) for tool in tools or []):
+        if not all(isinstance(tool, dict) for tool in tools or []):
             raise ValueError("its tools are no list of objects")
         chat = []
         marked = []
-        # Chats come as messages of role and content, and as conversations of from and value.
+        longer = []
         for turn in turns:
+            # Chats come as messages of role and content, and as conversations of from and value.
             turn = {"role": turn.get("from"), "content": turn.get("value"), **turn}
             turn = {key: value for key, value in turn.items() if value is not None}
             role = turn.get("role")
@@ -534,9 +529,10 @@ class Encoder:
             calls = role == "assistant" and any(turn.get(key) for key in SAID_TOO)
             if not (isinstance(role, str) and isinstance(turn.get("content", "" if calls else None), str)):
                 raise ValueError("a turn without a role (from) or without text as its content (value)")
-            turn = break_specials(self.special, turn)
-            chat.append(turn)
-            marked.append({**turn, "content": MARK} if role == "assistant" and not calls else turn)
+            if calls and self.settings["sft"]:
+                longer.append(len(chat))
+            chat.append(break_specials(self.special, turn))
+            marked.append({**chat[-1], "content": MARK} if role == "assistant" and not calls else chat[-1])
         tools = break_specials(self.special, tools)
         render = functools.partial(chat_template(self.settings["tokenizer"]), tools=tools)
         whole = render(chat)
@@ -547,8 +543,7 @@ class Encoder:
             raise ValueError("the template's special tokens depend on what the assistant says")
 
         # Of each turn its first text, what the prompt has of that, and the special token that ends it.
-        longer = [i for i, turn in enumerate(chat) if turn["role"] == "assistant" and turn is marked[i]]
-        bounds = [self.turn_bounds(render, chat, i, full) for i in longer if self.settings["sft"]]
+        bounds = [self.turn_bounds(render, chat, i, full) for i in longer]
         for i, pattern in enumerate(skeleton):
             before, mark, after = pattern.partition(MARK)
             if after.strip() and self.settings["sft"]:
@@ -560,7 +555,7 @@ class Encoder:
         for first, before, last in bounds:
             # Up to here the prompt is the same whatever the answer; a turn ends with the token after it.
             start = len(os.path.commonprefix([full[first], before]))  # noqa: RUF071
-            if self.puts_space_first:  # its words begin with their space
+            if puts_space_first(self.model):  # its words begin with their space
                 start = len(full[first][:start].rstrip(" "))
             text[last] += MARK
             text[first] = full[first][:start] + MARK + text[first][start:]
@@ -640,7 +635,9 @@ class Encoder:
                 return None
         # The quickstart holds out the same files in any version of Python.
         key = str(file.relative_to(STDLIB)) if settings["input"] == "stdlib" else text
-        return split_of(key, settings["heldout_fraction"]), ids, mask
+        number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+        split = "heldout" if number < settings["heldout_fraction"] * 2**64 else "tokens"
+        return split, ids, mask
 
 
 # ---- shards, written
@@ -919,7 +916,7 @@ class Shards:
         self.starts = [0, *itertools.accumulate(blocks)]  # first block of each shard
         self.blocks = self.starts[-1]
         total = sum(shard["tokens"] for shard in self.shards)
-        if not self.blocks:
+        if self.blocks == 0:
             wanted = "row" if sft else f"block of seq_len {seq_len} + 1"
             raise ValueError(f"{path}: {total} tokens in its {split} split, not one {wanted}")
         self.tokens_per_block = total / self.blocks if sft else seq_len
