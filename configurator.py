@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import tokenize
 import types
 import typing
@@ -151,13 +152,19 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def show(steps: typing.Iterable, desc: str, unit: str, total: int | None = None) -> typing.Iterable:
-    """The steps, behind a bar; where no terminal shows one, only long work says how far it is."""
-    from tqdm import tqdm
+def show(steps: typing.Sequence, desc: str, unit: str) -> typing.Iterator:
+    """The steps, behind a bar where there is a terminal, or with a line now and then where there is none."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
 
-    seconds = 0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
-    options = {"delay": seconds, "mininterval": seconds, "leave": False, "disable": not FIRST}
-    return tqdm(steps, desc=desc, unit=unit, total=total, **options)
+        yield from tqdm(steps, desc=desc, unit=unit, leave=False, disable=not FIRST)
+        return
+    since = time.monotonic()
+    for done, step in enumerate(steps):
+        if FIRST and time.monotonic() - since >= SECONDS_BETWEEN_LINES:
+            print(f"{desc}: {done:,} of {len(steps):,} {unit}s are done", file=sys.stderr, flush=True)
+            since = time.monotonic()
+        yield step
 
 
 def fail(message: str) -> typing.NoReturn:

@@ -733,8 +733,10 @@ def run_units(units: list[list[Part]], workers: int, worker: dict) -> list[dict]
     bad = []
     pool = ProcessPoolExecutor(workers, None, start_worker, (worker,))
     try:
-        done = pool.map(write_unit, range(len(units)), units)
-        for result in show(done, desc="preparing", unit="unit", total=len(units)):
+        # Not by map, which drops the units that wait after an error; the pool then breaks with a traceback.
+        futures = [pool.submit(write_unit, number, parts) for number, parts in enumerate(units)]
+        for future in show(futures, desc="preparing", unit="unit"):
+            result = future.result()
             bad += result["bad"]
             if len(bad) > worker["max_bad"]:
                 count = f"{len(bad)} bad documents, more than max_bad = {worker['max_bad']}"
@@ -743,7 +745,6 @@ def run_units(units: list[list[Part]], workers: int, worker: dict) -> list[dict]
             for reason in result["bad"]:
                 tqdm.write(f"skipped {reason}", file=sys.stderr)
             results.append(result)
-        pool.shutdown()
         return results
     except BrokenExecutor:
         # As the kernel does when memory is short.
@@ -752,6 +753,7 @@ def run_units(units: list[list[Part]], workers: int, worker: dict) -> list[dict]
         # After an error or Ctrl-C nobody waits for units that are not whole, which can take hours.
         for process in multiprocessing.active_children():
             process.terminate()
+        pool.shutdown()
 
 
 def check_settings(begun: dict, settings: dict, directory: Path) -> None:
