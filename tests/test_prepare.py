@@ -398,6 +398,10 @@ def test_more_than_max_bad_stops_and_a_higher_limit_goes_on(tmp_path):
         now = {file.name: file.stat().st_mtime_ns for file in files}
         assert made.items() <= now.items() and len(now) >= len(made)
         made = now
+    # Of the units that nobody waits for, nothing is printed.
+    options = ("--unit_bytes=500", "--num_workers=2", "--max_bad=0")
+    done = run("prepare.py", f"--input={tmp_path}/a.jsonl", f"--out={tmp_path}/told", *options)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert prepared(tmp_path / "a.jsonl", tmp_path / "out", max_bad=3)["bad"] == 3
     now = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.npy")}
     assert len(made) > 10 and made.items() < now.items()
