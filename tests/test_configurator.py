@@ -50,10 +50,6 @@ def configure(tmp_path):
     return call
 
 
-def test_options_end_at_the_first_computed_value(configure):
-    assert configure() == DEFAULTS
-
-
 @pytest.mark.parametrize(
     "argument, expected",
     [
@@ -116,10 +112,10 @@ def test_a_config_file_may_import_an_option(configure, tmp_path, monkeypatch):
     assert configure(config="from shared_by_runs import steps") == DEFAULTS | {"steps": 5}
 
 
-def test_options_are_printed_where_the_script_says(tmp_path, capsys):
+def test_options_end_at_the_first_computed_value_and_are_printed_where_the_script_says(tmp_path, capsys):
     (tmp_path / "script.py").write_text(SCRIPT)
     script = {"__file__": str(tmp_path / "script.py")}
-    configurator.configure(script, ["--steps=3"], log=sys.stderr)
+    assert configurator.configure(script, ["--steps=3"], log=sys.stderr) == DEFAULTS | {"steps": 3}
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.endswith("  steps = 3\n")
 

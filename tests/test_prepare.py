@@ -382,6 +382,17 @@ def test_what_a_damaged_file_still_has_is_kept(kind, tmp_path):
     assert told.startswith(f"{tmp_path}/{name}: {words}")
 
 
+def test_an_error_of_the_disk_is_no_damage(source, monkeypatch):
+    """It ends the run, which would otherwise leave out what can be read the next time."""
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(prepare, "read_rows", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        read(source)
+
+
 def test_more_than_max_bad_stops_and_a_higher_limit_goes_on(tmp_path):
     """Units that are done are not made again."""
     rows = lines(TEXTS).splitlines(keepends=True)
