@@ -31,8 +31,8 @@ FIRST = os.environ.get("RANK", "0") == "0"  # under torchrun, one process speaks
 SECONDS_BETWEEN_LINES = 20  # of long work, where no terminal shows a bar
 
 
-def read_options(source: str) -> dict[str, tuple[object, object, str]]:
-    """The options declared in a script's source: {name: (default, allowed type, comment)}."""
+def read_options(source: str) -> dict[str, tuple[object, tuple, str]]:
+    """The options declared in a script's source: {name: (default, what is allowed, comment)}."""
     comments = {}  # by line
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -42,58 +42,44 @@ def read_options(source: str) -> dict[str, tuple[object, object, str]]:
         # `if __name__ == "__main__": configure(globals())` ends the options
         if isinstance(node, ast.If):
             break
-        annotation = None
-        if isinstance(node, ast.AnnAssign):
-            target = node.target
-            annotation = ast.unparse(node.annotation)
-        elif isinstance(node, ast.Assign):
-            target = node.targets[0]
-        else:
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
             continue
         # and so does the first computed value
         try:
             default = ast.literal_eval(node.value)
         except ValueError:
             break
-        allowed = type(default)
-        if annotation:
-            allowed = eval(annotation, {"Literal": typing.Literal})
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        allowed = (type(default),)
+        if isinstance(node, ast.AnnAssign):
+            allowed = alternatives(eval(ast.unparse(node.annotation), {"Literal": typing.Literal}))
         lines = range(node.lineno, node.end_lineno + 1)
         comment = " ".join(comments[line] for line in lines if line in comments)
         options[target.id] = (default, allowed, comment)
     return options
 
 
-def type_name(allowed) -> str:
-    """An allowed type as a user would write it: "int", "str or None", "linear | cosine"."""
-    if typing.get_origin(allowed) in (types.UnionType, typing.Union):
-        return " or ".join(type_name(member) for member in typing.get_args(allowed))
-    if typing.get_origin(allowed) is typing.Literal:
-        return " | ".join(str(choice) for choice in typing.get_args(allowed))
-    return {types.NoneType: "None"}.get(allowed) or getattr(allowed, "__name__", str(allowed))
+def alternatives(annotation) -> tuple:
+    """What an annotation allows: types, and the strings of a Literal."""
+    members = typing.get_args(annotation)
+    if not members:
+        return (annotation,)
+    if typing.get_origin(annotation) is typing.Literal:
+        return members
+    return sum(map(alternatives, members), ())
 
 
-def accept(value, allowed):
-    """`value` as one of the allowed type (an int becomes a float where a float is wanted), or raises
-    TypeError.
-    """
-    if typing.get_origin(allowed) in (types.UnionType, typing.Union):
-        members = typing.get_args(allowed)
-        # bool is an int to Python and an int a float to the reader: the exact type first
-        for member in sorted(members, key=lambda member: type(value) is not member):
-            try:
-                return accept(value, member)
-            except TypeError:
-                pass
-        raise TypeError
-    if typing.get_origin(allowed) is typing.Literal:
-        if value in typing.get_args(allowed):
-            return value
-    elif allowed is float and type(value) is int:
-        return float(value)
-    elif type(value) is allowed:
-        return value
-    raise TypeError
+def names_of(allowed: tuple) -> str:
+    """What is allowed, as a user would write it: "int", "str or None", "linear or cosine"."""
+    names = {types.NoneType: "None"}
+    return " or ".join(one if isinstance(one, str) else names.get(one, one.__name__) for one in allowed)
+
+
+def fits(value, allowed: tuple) -> bool:
+    """Whether a value is allowed. An int is where a float is; a bool, an int to Python, is not."""
+    if isinstance(value, str) and value in allowed:
+        return True
+    return type(value) in allowed or (type(value) is int and float in allowed)
 
 
 def choose_device(name: str | None):
@@ -166,22 +152,17 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def show(steps: typing.Iterable, desc: str, unit: str, total: int | None = None) -> typing.Iterator:
+def show(steps: typing.Sequence, desc: str, unit: str) -> typing.Iterator:
     """The steps, behind a bar where there is a terminal, or with a line now and then where there is none."""
-    if not FIRST:
-        yield from steps
-        return
-    if total is None:
-        total = len(steps)
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        yield from tqdm(steps, total=total, desc=desc, unit=unit, leave=False)
+        yield from tqdm(steps, desc=desc, unit=unit, leave=False, disable=not FIRST)
         return
     since = time.monotonic()
     for done, step in enumerate(steps):
-        if time.monotonic() - since >= SECONDS_BETWEEN_LINES:
-            print(f"{desc}: {done:,} of {total:,} {unit}s are done", file=sys.stderr, flush=True)
+        if FIRST and time.monotonic() - since >= SECONDS_BETWEEN_LINES:
+            print(f"{desc}: {done:,} of {len(steps):,} {unit}s are done", file=sys.stderr, flush=True)
             since = time.monotonic()
         yield step
 
@@ -196,8 +177,8 @@ def print_help(description: str, options: dict) -> None:
     print(description.strip(), "\n\noptions:")
     for name, (default, allowed, comment) in options.items():
         line = f"  --{name}={default!r}"
-        if default is None or typing.get_args(allowed):
-            line += f"  ({type_name(allowed)})"
+        if len(allowed) > 1:
+            line += f"  ({names_of(allowed)})"
         print(f"{line}\n        {comment}")
 
 
@@ -207,20 +188,15 @@ def read_value(text: str, allowed):
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
-    try:
-        accept(value, allowed)
-    except TypeError:
-        # --run_name=7 is a string
-        if allowed is str or str in typing.get_args(allowed):
-            return text
+    # --run_name=7 is a string
+    if str in allowed and not fits(value, allowed):
+        return text
     return value
 
 
 def run_config(file: str, values: dict) -> dict:
     """What a config file assigns, given the values so far. Helpers are left out: names with a leading
     underscore, and unknown ones that are imported, functions or classes."""
-    if not Path(file).is_file():
-        fail(f"config file {file} does not exist")
     namespace = dict(values)
     try:
         tree = ast.parse(Path(file).read_text(encoding="utf-8-sig"))
@@ -255,10 +231,11 @@ def configure(script: dict, arguments: list[str] | None = None, log: typing.Text
             hint = f'; did you mean "{near[0]}"?' if near else ""
             fail(f'{where}: unknown option "{name}"{hint} ({advice})')
         allowed = options[name][1]
-        try:
-            values[name] = accept(value, allowed)
-        except TypeError:
-            fail(f"{where}: {name} is {value!r}, but must be {type_name(allowed)}")
+        if not fits(value, allowed):
+            fail(f"{where}: {name} is {value!r}, but must be {names_of(allowed)}")
+        if type(value) is int and int not in allowed:
+            value = float(value)
+        values[name] = value
 
     for argument in sys.argv[1:] if arguments is None else arguments:
         if argument in ("-h", "--help"):
@@ -268,7 +245,7 @@ def configure(script: dict, arguments: list[str] | None = None, log: typing.Text
             name, equals, text = argument[2:].partition("=")
             if not equals:
                 fail(f'"{argument}" has no value: write --{name}=VALUE')
-            allowed = options[name][1] if name in options else str
+            allowed = options[name][1] if name in options else (str,)
             assign(name, read_value(text, allowed), "command line", "--help lists all")
         elif argument.endswith(".py"):
             advice = "--help lists all; a helper variable needs a leading underscore"

@@ -62,8 +62,7 @@ import threading
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -78,16 +77,19 @@ FORMAT = 2
 HEADER = 128  # bytes before the values of a one-dimensional .npy file
 BLOCK = 2**16  # bytes read at a time where neither lines nor documents say how many
 PIECE = 2**20  # characters tokenized at a time: longer documents are cut between two lines
+LINE_END = re.compile(r"\S\n(?=\S)")  # between two lines, neither of them blank
 LONGEST_TEXT = 2**24  # bytes in which a .txt file is one document; a longer one is several
 LONGEST_ROW = 2**26  # bytes in which a line, or the array of a .json file, must end
 OPEN_ARRAYS = 256  # shard files open at a time, of the 1024 that a process may have on many systems
 PAD_TO = 128  # tokens to whose multiple a batch of SFT rows is padded: a new length costs a GPU a new plan
+CHAT_KEYS = {"messages", "conversations"}  # fields of which a row has one if it is a chat
 SAID_TOO = ("tool_calls", "reasoning_content")  # what an assistant can say beside content
 CUT = "\ufdd0"  # put into a special token's string that a chat spells out; Unicode keeps it for such uses
 MARK = "\ufdd1"  # put in place of what an assistant says, to find where the template writes it
 BOM = b"\xef\xbb\xbf"  # a byte order mark, which is no content
 PREFIX = {"tokens": "", "heldout": "heldout_"}  # of the files of each split
-PARQUET_ERRORS = (OSError, ValueError, NotImplementedError)  # that pyarrow raises of a damaged file
+# What gzip, json and pyarrow raise of a damaged file.
+UNREADABLE = (OSError, EOFError, zlib.error, ValueError, NotImplementedError, RecursionError)
 ARRAY_TOO_LONG = "a JSON array over 64 MB; give its rows as .jsonl or .parquet, as the hub converts them"
 STDLIB = Path(os.__file__).parent
 
@@ -95,12 +97,10 @@ STDLIB = Path(os.__file__).parent
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face directory, by all of its files; ValueError where they contradict."""
     file = Path(path) / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist; a tokenizer is a Hugging Face directory with that file")
     try:
         model = Tokenizer.from_str(file.read_text(encoding="utf-8-sig"))
     except Exception as error:  # tokenizers raises plain Exception
-        raise ValueError(f"{file} is not a tokenizer: {error}") from None
+        raise ValueError(f"{file} is no tokenizer.json of a Hugging Face directory: {error}") from None
     # A file can carry the length limit of whoever saved it.
     model.no_truncation()
     model.no_padding()
@@ -116,10 +116,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     named = [token for name, token in config.items() if name.endswith("_token") and token] + more
     added = {token.content: token for token in model.get_added_tokens_decoder().values()}
     for i, token in sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0])):
-        if isinstance(token, str):  # of added_tokens.json, which has no flags; tokenizer.json can have them
-            token = added.get(token) or AddedToken(token, normalized=token not in named)
-        else:
+        if isinstance(token, dict):
             token = AddedToken(**token)
+        else:
+            # Of added_tokens.json, which has no flags; tokenizer.json can have them.
+            token = added.get(token) or AddedToken(token, normalized=token not in named)
         added[token.content] = token
         model.add_tokens([token])
         if (found := model.token_to_id(token.content)) != int(i):
@@ -193,13 +194,18 @@ def encode_text(
     text.encode()
     tokenizer.encode_special_tokens = not special_tokens
     ids = []
-    for piece in pieces(text):
-        if goes_on and puts_space_first(tokenizer):
-            # A line end takes the space, and no token reaches over it.
-            line_end, whole = tokenizer.encode_batch_fast(["\n", "\n" + piece], add_special_tokens=False)
-            ids += whole.ids[len(line_end.ids) :]
-        else:
-            ids += tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+    start = 0
+    while start < len(text):
+        # A long text is cut between two lines, where a token ends anyway, or else where it must be.
+        end = start + PIECE
+        if end < len(text) and (match := LINE_END.search(text, start + PIECE // 2, end)):
+            end = match.end()
+        # A line end before the piece takes the space, and no token reaches over it.
+        lead = "\n" if goes_on and puts_space_first(tokenizer) else ""
+        both = [lead, lead + text[start:end]]
+        before, whole = tokenizer.encode_batch_fast(both, add_special_tokens=False)
+        ids += whole.ids[len(before.ids) :]
+        start = end
         goes_on = True
     tokenizer.encode_special_tokens = False
     return ids
@@ -214,18 +220,6 @@ def encode_rendered(tokenizer: Tokenizer, text: str, goes_on: bool = False) -> l
     return ids
 
 
-def pieces(text: str) -> Iterator[str]:
-    """The text in parts of at most PIECE characters, cut between two lines, where a token ends anyway."""
-    between = re.compile(r"\S\n(?=\S)")
-    start = 0
-    while len(text) - start > PIECE:
-        match = between.search(text, start + PIECE // 2, start + PIECE)
-        end = match.end() if match else start + PIECE
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
 def vocabulary_hash(tokenizer: Tokenizer) -> str:
     """The same for any file that maps the same tokens to the same ids."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -235,25 +229,26 @@ def vocabulary_hash(tokenizer: Tokenizer) -> str:
 @functools.cache
 def chat_template(path: str | Path) -> Callable[..., str]:
     """The chat template in a tokenizer's directory as a function of messages, set up as transformers does."""
-    files = {file.stem: file for file in Path(path).glob("additional_chat_templates/*.jinja")}
-    files["default"] = Path(path) / "chat_template.jinja"
-    sources = {name: file.read_text(encoding="utf-8-sig") for name, file in files.items() if file.is_file()}
     config = tokenizer_config(path)
     # A tokenizer can have several by name, as for tools or for retrieval.
-    sources = sources or config.get("chat_template") or {}
-    if isinstance(sources, list):
-        sources = {entry["name"]: entry["template"] for entry in sources}
+    sources = config.get("chat_template") or {}
     if isinstance(sources, str):
         sources = {"default": sources}
-    if "default" not in sources:
+    if isinstance(sources, list):
+        sources = {entry["name"]: entry["template"] for entry in sources}
+    # Those in files take the place of all in the config.
+    files = [*Path(path).glob("additional_chat_templates/*.jinja"), *Path(path).glob("chat_template.jinja")]
+    if files:
+        sources = {file.stem: file.read_text(encoding="utf-8-sig") for file in files}
+        sources["default"] = sources.pop("chat_template", None)
+    if sources.get("default") is None:
         raise ValueError(f"{path} has no chat template, in chat_template.jinja or tokenizer_config.json")
     sandbox = need("jinja2.sandbox", f"the chat template of {path}")
 
     def raise_exception(message):
         raise ValueError(message)
 
-    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    def to_json(value, ensure_ascii=False, **options):
         text = json.dumps(value, ensure_ascii=ensure_ascii, **options)
         # Escaped, CUT and MARK would be content.
         return re.sub(r"\\ufdd[01]", lambda match: json.loads(f'"{match[0]}"'), text)
@@ -265,14 +260,15 @@ def chat_template(path: str | Path) -> Callable[..., str]:
     environment.globals["raise_exception"] = raise_exception
     # A fixed day, the one Llama's templates fall back to: shards must not depend on when they were made.
     environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
-    # {% generation %} only marks what the assistant says; as an `if` it keeps its whitespace control.
+    templates = {}
     for name, source in sources.items():
+        # {% generation %} only marks what the assistant says; as an `if` it keeps its whitespace control.
         source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
-        sources[name] = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
-    try:
-        templates = {name: environment.from_string(source) for name, source in sources.items()}
-    except Exception as error:  # jinja2 is imported only by need
-        raise ValueError(f"the chat template of {path} is broken: {error}") from None
+        source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
+        try:
+            templates[name] = environment.from_string(source)
+        except Exception as error:  # jinja2 is imported only by need
+            raise ValueError(f"the chat template of {path} is broken: {error}") from None
     fixed = {name: token for name, token in config.items() if name.endswith("_token") and token}
 
     def render(messages: list[dict], tools: list[dict] | None = None, add_generation_prompt=False) -> str:
@@ -299,19 +295,18 @@ class Part(NamedTuple):
 
 
 def kind_of(file: Path) -> tuple[str, str | None]:
-    """("jsonl", "gz") of name.jsonl.gz, ("txt", None) of name.txt."""
+    """("jsonl", "gz") of name.jsonl.gz, ("txt", None) of name.txt and of name.py."""
     match = re.fullmatch(r".*\.(txt|py|jsonl|json|parquet$)(?:\.(gz|zst))?", file.name)
     if match is None:
         raise ValueError(f"{file}: input must be .parquet, or .txt .py .jsonl .json, also as .gz or .zst")
-    return match[1], match[2]
+    return match[1].replace("py", "txt"), match[2]
 
 
 def find_files(input: str | list[str]) -> list[Path]:
     """The input's files in the order they are read."""
     if input == "stdlib":
         skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-        # Tables and prose in .py files.
-        skipped |= {"encodings", "pydoc_data"}
+        skipped |= {"encodings", "pydoc_data"}  # tables and prose in .py files
         return sorted(f for f in STDLIB.rglob("*.py") if not skipped & set(f.relative_to(STDLIB).parts))
     files = []
     for pattern in [input] if isinstance(input, str) else input:
@@ -326,14 +321,12 @@ def find_files(input: str | list[str]) -> list[Path]:
         if not matches:
             raise ValueError(f"input {pattern} matches no file")
         files += matches
-    if not files:
-        raise ValueError("input names no file")
     return files
 
 
-def columns_of(settings: dict) -> set[str]:
-    """Names of the Parquet columns that hold text or chats."""
-    return {settings["text_key"], settings["text_key"].split(".")[0], "messages", "conversations"}
+def columns_of(key: str) -> set[str]:
+    """Names of the Parquet columns that a field can be in: its whole name, or the first before a dot."""
+    return {key, key.partition(".")[0]}
 
 
 def begins_array(stream) -> bool:
@@ -347,24 +340,20 @@ def split_file(file: Path, settings: dict) -> Iterator[Part]:
     if kind == "parquet":
         parquet = open_parquet(file)
         names = parquet.schema_arrow.names
-        if columns_of(settings).isdisjoint(names):
+        if not (columns_of(settings["text_key"]) | CHAT_KEYS) & set(names):
             wanted = f"{settings['text_key']}, messages or conversations"
             raise ValueError(f"{file} has no column {wanted}; it has {', '.join(names)}")
         for group in range(parquet.num_row_groups):
             yield Part(file, group, 0, parquet.metadata.row_group(group).total_byte_size)
         return
-    if kind == "json" and size > LONGEST_ROW:
-        with open_stream(file, compression) as stream:
-            if begins_array(stream):
-                raise ValueError(f"{file} is {ARRAY_TOO_LONG}")
-    # What is compressed, or an array, is read from its start.
-    step = sys.maxsize
-    if kind == "jsonl" and not compression:
-        # Small parts, so that units of them are of one size.
-        step = max(1, settings["unit_bytes"] // 16)
-    elif kind in ("txt", "py") and not compression:
-        # A part is a document.
-        step = LONGEST_TEXT
+    # Here what cannot be opened, or lacks a package, is told before any work.
+    with open_stream(file, compression) as stream:
+        if kind == "json" and size > LONGEST_ROW and begins_array(stream):
+            raise ValueError(f"{file} is {ARRAY_TOO_LONG}")
+    # Lines are cut into small parts, so that units of them are of one size; a part of a text is a document.
+    steps = {"jsonl": max(1, settings["unit_bytes"] // 16), "txt": LONGEST_TEXT}
+    # What is compressed, or can be an array, is read from its start.
+    step = sys.maxsize if compression else steps.get(kind, sys.maxsize)
     for start in range(0, size, step):
         yield Part(file, start, start + step, min(step, size - start))
 
@@ -394,8 +383,8 @@ def skip_line(stream) -> int:
     return skipped
 
 
-def read_spans(stream, part: Part, size: int) -> Iterator[tuple[int, bytes | ValueError]]:
-    """(offset in bytes, span) of a part: each `size` bytes and on to the end of the line; 0: single lines.
+def read_spans(stream, part: Part, size: int) -> Iterator[tuple[str, bytes | ValueError]]:
+    """(where, span) of a part: each `size` bytes and on to the end of the line; 0: single lines.
 
     A part begins after the first newline at or past its start and ends with the line that holds its end, so
     that neighbours share no line and leave none out. A span whose last line is over LONGEST_ROW is an error.
@@ -407,29 +396,21 @@ def read_spans(stream, part: Part, size: int) -> Iterator[tuple[int, bytes | Val
         offset += skip_line(stream)
     # One that begins right at the end is skipped by the next part, and so is this one's.
     while offset <= part.end:
+        where = f"byte {offset}"
         span = stream.read(min(size, part.end - offset))
         line = stream.readline(LONGEST_ROW + 1)
-        length = len(span) + len(line)
+        span += line
+        length = len(span)
         if not length:
             return
+        if offset == 0:
+            span = span.removeprefix(BOM)
         if len(line) > LONGEST_ROW and not line.endswith(b"\n"):
             length += skip_line(stream)
-            yield offset, ValueError(f"a line over {LONGEST_ROW:,} bytes")
-        else:
-            yield offset, span + line
+            yield where, ValueError(f"a line over {LONGEST_ROW:,} bytes")
+        elif span.strip():  # blank lines stand between rows or at the end
+            yield where, span
         offset += length
-
-
-def read_array(stream) -> Iterator[tuple[int, object]]:
-    """(number, row) of a .json file that is one array, in memory as a whole."""
-    data = stream.read(LONGEST_ROW + 1)
-    if len(data) > LONGEST_ROW:
-        yield 0, ValueError(ARRAY_TOO_LONG)
-        return
-    try:
-        yield from enumerate(json.loads(data), 1)
-    except (ValueError, RecursionError) as error:
-        yield 0, ValueError(f"not JSON: {error}")
 
 
 # Row groups follow one another, and the metadata of thousands of them takes a while to read.
@@ -438,25 +419,8 @@ def open_parquet(file: Path):
     parquet = need("pyarrow.parquet", file)
     try:
         return parquet.ParquetFile(file, buffer_size=BLOCK, page_checksum_verification=True)
-    except PARQUET_ERRORS as error:
+    except UNREADABLE as error:
         raise ValueError(f"{file} is not Parquet: {error}") from None
-
-
-def read_row_group(file: Path, group: int, settings: dict) -> Iterator[tuple[int, dict | ValueError]]:
-    parquet = open_parquet(file)
-    wanted = columns_of(settings) | {settings["score_key"], settings["score_key"].split(".")[0]}
-    columns = [name for name in parquet.schema_arrow.names if name in wanted | {"tools"}]
-    number = 0
-    try:
-        # The other cores have workers of their own.
-        for batch in parquet.iter_batches(256, [group], columns, use_threads=False):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, drop_nulls(row)
-    except PARQUET_ERRORS as error:
-        # What was read of the group before the damage is kept.
-        lost = parquet.metadata.row_group(group).num_rows - number
-        yield number + 1, ValueError(f"{lost} rows lost: {error}".replace("\n", " "))
 
 
 def drop_nulls(value):
@@ -479,36 +443,44 @@ def open_stream(file: Path, compression: str | None):
 
 def read_part(part: Part, settings: dict) -> Iterator[tuple[str, object]]:
     """(where, row) of a part: a row is text or JSON (bytes), an object or what is wrong (ValueError)."""
-    file = part.file
-    kind, compression = kind_of(file)
+    kind, compression = kind_of(part.file)
+    where = f"row group {part.start}" if kind == "parquet" else "its start"
+    try:
+        for where, row in read_rows(part, kind, compression, settings):
+            yield f"{part.file}: {where}", row
+    except UNREADABLE as error:
+        # What was read before the damage is kept. An error of the machine has a number and ends the run.
+        if getattr(error, "errno", None):
+            raise
+        reason = f"unreadable behind {where}: {error}".replace("\n", " ")
+        yield str(part.file), ValueError(reason)
+
+
+def read_rows(part: Part, kind: str, compression: str | None, settings: dict) -> Iterator[tuple[str, object]]:
+    """(where in its file, row) of a part; one of UNREADABLE where the file is damaged."""
     if kind == "parquet":
-        for number, row in read_row_group(file, part.start, settings):
-            yield f"{file}: row group {part.start}, row {number}", row
+        parquet = open_parquet(part.file)
+        wanted = columns_of(settings["text_key"]) | columns_of(settings["score_key"]) | CHAT_KEYS | {"tools"}
+        columns = [name for name in parquet.schema_arrow.names if name in wanted]
+        # The other cores have workers of their own.
+        batches = parquet.iter_batches(256, [part.start], columns, use_threads=False)
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        for number, row in enumerate(rows, 1):
+            yield f"row group {part.start}, row {number}", drop_nulls(row)
         return
-    with open_stream(file, compression) as stream:
-        try:
-            if kind == "json" and begins_array(stream):
-                for number, row in read_array(stream):
-                    yield f"{file}: row {number}", row
-                return
-            for offset, span in read_spans(stream, part, LONGEST_TEXT if kind in ("txt", "py") else 0):
-                if offset == 0 and isinstance(span, bytes):
-                    span = span.removeprefix(BOM)
-                # Blank lines stand between rows or at the end.
-                if isinstance(span, ValueError) or span.strip():
-                    yield f"{file}: byte {offset}", span
-        except (EOFError, OSError, zlib.error) as error:
-            if not compression:
-                raise
-            yield str(file), ValueError(f"broken compression: {error}")
+    with open_stream(part.file, compression) as stream:
+        if kind == "json" and begins_array(stream):
+            # In memory as a whole.
+            data = stream.read(LONGEST_ROW + 1)
+            if len(data) > LONGEST_ROW:
+                raise ValueError(ARRAY_TOO_LONG)
+            for number, row in enumerate(json.loads(data), 1):
+                yield f"row {number}", row
+        else:
+            yield from read_spans(stream, part, LONGEST_TEXT if kind == "txt" else 0)
 
 
 # ---- documents: the text or the turns of a row, as token ids
-
-
-def split_of(key: str, heldout_fraction: float) -> str:
-    number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
-    return "heldout" if number < heldout_fraction * 2**64 else "tokens"
 
 
 def lookup(row: dict, key: str):
@@ -528,7 +500,6 @@ class Encoder:
         self.model = load_tokenizer(settings["tokenizer"])
         self.bos_ids, self.eos_id = special_ids(self.model, settings["tokenizer"])
         self.special = special_pattern(self.model)
-        self.puts_space_first = puts_space_first(self.model)
         self.vocab_size = max(self.model.get_vocab().values()) + 1
         self.dtypes = {"tokens": "uint16" if self.vocab_size <= 2**16 else "uint32", "ends": "int64"}
         if settings["sft"]:
@@ -544,12 +515,13 @@ class Encoder:
         puts before the last answer, part of the prompt when it answers. A thought that it keeps is in.
         """
         tools = json.loads(tools or "null") if isinstance(tools, str) else tools
-        if not isinstance(tools or [], list) or not all(isinstance(tool, dict) for tool in tools or []):
+        if not all(isinstance(tool, dict) for tool in tools or []):
             raise ValueError("its tools are no list of objects")
         chat = []
         marked = []
-        # Chats come as messages of role and content, and as conversations of from and value.
+        longer = []
         for turn in turns:
+            # Chats come as messages of role and content, and as conversations of from and value.
             turn = {"role": turn.get("from"), "content": turn.get("value"), **turn}
             turn = {key: value for key, value in turn.items() if value is not None}
             role = turn.get("role")
@@ -557,9 +529,10 @@ class Encoder:
             calls = role == "assistant" and any(turn.get(key) for key in SAID_TOO)
             if not (isinstance(role, str) and isinstance(turn.get("content", "" if calls else None), str)):
                 raise ValueError("a turn without a role (from) or without text as its content (value)")
-            turn = break_specials(self.special, turn)
-            chat.append(turn)
-            marked.append({**turn, "content": MARK} if role == "assistant" and not calls else turn)
+            if calls and self.settings["sft"]:
+                longer.append(len(chat))
+            chat.append(break_specials(self.special, turn))
+            marked.append({**chat[-1], "content": MARK} if role == "assistant" and not calls else chat[-1])
         tools = break_specials(self.special, tools)
         render = functools.partial(chat_template(self.settings["tokenizer"]), tools=tools)
         whole = render(chat)
@@ -570,8 +543,7 @@ class Encoder:
             raise ValueError("the template's special tokens depend on what the assistant says")
 
         # Of each turn its first text, what the prompt has of that, and the special token that ends it.
-        longer = [i for i, turn in enumerate(chat) if turn["role"] == "assistant" and turn is marked[i]]
-        bounds = [self.turn_bounds(render, chat, i, full) for i in longer if self.settings["sft"]]
+        bounds = [self.turn_bounds(render, chat, i, full) for i in longer]
         for i, pattern in enumerate(skeleton):
             before, mark, after = pattern.partition(MARK)
             if after.strip() and self.settings["sft"]:
@@ -583,7 +555,7 @@ class Encoder:
         for first, before, last in bounds:
             # Up to here the prompt is the same whatever the answer; a turn ends with the token after it.
             start = len(os.path.commonprefix([full[first], before]))  # noqa: RUF071
-            if self.puts_space_first:  # its words begin with their space
+            if puts_space_first(self.model):  # its words begin with their space
                 start = len(full[first][:start].rstrip(" "))
             text[last] += MARK
             text[first] = full[first][:start] + MARK + text[first][start:]
@@ -621,7 +593,7 @@ class Encoder:
         settings = self.settings
         if isinstance(row, ValueError):
             raise row
-        if isinstance(row, bytes) and kind_of(file)[0] in ("txt", "py"):
+        if isinstance(row, bytes) and kind_of(file)[0] == "txt":
             row = {settings["text_key"]: row.decode()}
         elif isinstance(row, bytes):
             try:
@@ -663,7 +635,9 @@ class Encoder:
                 return None
         # The quickstart holds out the same files in any version of Python.
         key = str(file.relative_to(STDLIB)) if settings["input"] == "stdlib" else text
-        return split_of(key, settings["heldout_fraction"]), ids, mask
+        number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+        split = "heldout" if number < settings["heldout_fraction"] * 2**64 else "tokens"
+        return split, ids, mask
 
 
 # ---- shards, written
@@ -677,10 +651,11 @@ class ShardWriter:
     def __init__(self, directory: Path, split: str, number: int, dtypes: dict[str, str]):
         self.dtypes = dtypes
         self.counts = dict.fromkeys(dtypes, 0)
-        self.files = {}
-        for column in dtypes:
-            self.files[column] = open(directory / f"{PREFIX[split]}{column}_{number:05d}.npy", "wb")
-            self.files[column].write(bytes(HEADER))
+        self.paths = {column: directory / f"{PREFIX[split]}{column}_{number:05d}.npy" for column in dtypes}
+        self.files = {column: open(path, "wb") for column, path in self.paths.items()}
+        # Left free for the header, which says how long the array is.
+        for file in self.files.values():
+            file.write(bytes(HEADER))
 
     def append(self, ids: list[int], mask: list[bool]) -> None:
         """A document."""
@@ -691,21 +666,17 @@ class ShardWriter:
 
     def close(self) -> dict:
         """The shard's entry in meta.json."""
-        sums = {}
         for column, file in self.files.items():
-            # How long the array is goes into the header, which was left free for it.
-            file.seek(0)
             descr = np.dtype(self.dtypes[column]).str
             header = {"descr": descr, "fortran_order": False, "shape": (self.counts[column],)}
+            file.seek(0)
             np.lib.format.write_array_header_1_0(file, header)
             file.flush()
             os.fsync(file.fileno())
             file.close()
-            path = Path(file.name)
-            sums[path.name] = sha256(path)
-        name = Path(self.files["tokens"].name).name
         counts = {"tokens": self.counts["tokens"], "documents": self.counts["ends"]}
-        return {"file": name, **counts, "sha256": sums}
+        sums = {path.name: sha256(path) for path in self.paths.values()}
+        return {"file": self.paths["tokens"].name, **counts, "sha256": sums}
 
 
 def start_worker(worker: dict) -> None:
@@ -731,36 +702,29 @@ def write_unit(number: int, parts: list[Part]) -> dict:
     done = partial / f"unit_{number:05d}.json"
     if done.is_file():
         return read_json(done)
+    result = {"filtered": 0, "bad": [], "shards": {}}
     writers = {}
-    filtered = 0
-    bad = []
-    for part in parts:
-        for where, row in read_part(part, encoder.settings):
-            try:
-                document = encoder.row(row, part.file)
-            except ValueError as error:
-                bad.append(f"{where}: {error}")
-                check_bad(bad, WORKER["max_bad"])
-                continue
-            if document is None:
-                filtered += 1
-                continue
-            split, ids, mask = document
-            if split not in writers:
-                writers[split] = ShardWriter(partial / "shards", split, number, encoder.dtypes)
-            writers[split].append(ids, mask)
-    shards = {split: writer.close() for split, writer in writers.items()}
-    result = {"filtered": filtered, "bad": bad, "shards": shards}
+    rows = ((part.file, *row) for part in parts for row in read_part(part, encoder.settings))
+    for file, where, row in rows:
+        try:
+            document = encoder.row(row, file)
+        except ValueError as error:
+            result["bad"].append(f"{where}: {error}")
+            # Nobody goes on, and so the unit is left as it is.
+            if len(result["bad"]) > WORKER["max_bad"]:
+                return result
+            continue
+        if document is None:
+            result["filtered"] += 1
+            continue
+        split, ids, mask = document
+        if split not in writers:
+            writers[split] = ShardWriter(partial / "shards", split, number, encoder.dtypes)
+        writers[split].append(ids, mask)
+    result["shards"] = {split: writer.close() for split, writer in writers.items()}
     # Where this file is there, so are the shards.
     write_json(done, result)
     return result
-
-
-def check_bad(bad: list[str], max_bad: int) -> None:
-    if len(bad) > max_bad:
-        advice = "the same command with a higher --max_bad goes on from here"
-        count = f"{len(bad)} bad documents, more than max_bad = {max_bad}"
-        raise ValueError(f"{count}, the last {bad[-1]}; {advice}")
 
 
 def run_units(units: list[list[Part]], workers: int, worker: dict) -> list[dict]:
@@ -769,22 +733,27 @@ def run_units(units: list[list[Part]], workers: int, worker: dict) -> list[dict]
     bad = []
     pool = ProcessPoolExecutor(workers, None, start_worker, (worker,))
     try:
-        done = pool.map(write_unit, range(len(units)), units)
-        for result in show(done, desc="preparing", unit="unit", total=len(units)):
+        # Not by map, which drops the units that wait after an error; the pool then breaks with a traceback.
+        futures = [pool.submit(write_unit, number, parts) for number, parts in enumerate(units)]
+        for future in show(futures, desc="preparing", unit="unit"):
+            result = future.result()
+            bad += result["bad"]
+            if len(bad) > worker["max_bad"]:
+                count = f"{len(bad)} bad documents, more than max_bad = {worker['max_bad']}"
+                advice = "the same command with a higher --max_bad goes on from here"
+                raise ValueError(f"{count}, the last {bad[-1]}; {advice}")
             for reason in result["bad"]:
                 tqdm.write(f"skipped {reason}", file=sys.stderr)
-            bad += result["bad"]
-            check_bad(bad, worker["max_bad"])
             results.append(result)
-        pool.shutdown()
         return results
-    except BrokenProcessPool:
+    except BrokenExecutor:
         # As the kernel does when memory is short.
         raise ValueError("a worker was killed; the same command goes on with the units left") from None
     finally:
         # After an error or Ctrl-C nobody waits for units that are not whole, which can take hours.
         for process in multiprocessing.active_children():
             process.terminate()
+        pool.shutdown()
 
 
 def check_settings(begun: dict, settings: dict, directory: Path) -> None:
@@ -793,25 +762,6 @@ def check_settings(begun: dict, settings: dict, directory: Path) -> None:
         if begun.get(name) != value:
             wrong = f"was begun with {name} = {begun.get(name)!r}, not {value!r}"
             raise ValueError(f"{directory} {wrong}; remove it or choose another --out")
-
-
-def begin(partial: Path, settings: dict) -> io.TextIOWrapper:
-    """Makes the directory, or takes it as an earlier call with these settings left it; returns its lock."""
-    import fcntl  # which Windows has not; the readers below work there too
-
-    (partial / "shards").mkdir(parents=True, exist_ok=True)
-    # This process's until it ends, however it does.
-    lock = open(partial / "lock", "w")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"another process is writing {partial}") from None
-    # Units that other settings made do not go with these.
-    if (partial / "settings.json").is_file():
-        check_settings(read_json(partial / "settings.json"), settings, partial)
-    else:
-        write_json(partial / "settings.json", settings)
-    return lock
 
 
 def write_shards(
@@ -832,15 +782,11 @@ def write_shards(
         raise ValueError(f"{out} exists and is no shard directory; remove it or choose another --out")
     if not 0 <= heldout_fraction < 1:
         raise ValueError(f"heldout_fraction is {heldout_fraction}; it must be from 0 to below 1")
-    if max_bad < 0 or num_workers < 0:
-        raise ValueError(f"max_bad is {max_bad}, num_workers {num_workers}; they must be at least 0")
-    if unit_bytes < 1 or seq_len < 2:
-        raise ValueError(f"unit_bytes is {unit_bytes}, seq_len {seq_len}; they must be at least 1 and 2")
+    least = {"max_bad": (max_bad, 0), "num_workers": (num_workers, 0), "unit_bytes": (unit_bytes, 1)}
+    for name, (value, bound) in (least | {"seq_len": (seq_len, 2)}).items():
+        if value < bound:
+            raise ValueError(f"{name} is {value}; it must be at least {bound}")
     files = find_files(settings["input"])
-    # Also refuses names that are of no kind.
-    for file in files:
-        if kind_of(file)[0] in ("txt", "py") and (sft or min_score is not None):
-            raise ValueError(f"{file} is plain text: it has no {'chats' if sft else 'scores'}")
     encoder = Encoder(settings)
     if encoder.eos_id is None:
         print(f"{tokenizer} names no EOS: nothing marks where a text ends", file=sys.stderr)
@@ -861,7 +807,19 @@ def write_shards(
         return
 
     units = plan_units(files, settings)
-    lock = begin(partial, settings)
+    import fcntl  # which Windows has not; the readers below work there too
+
+    (partial / "shards").mkdir(parents=True, exist_ok=True)
+    # This process's until it ends, however it does.
+    lock = open(partial / "lock", "w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"another process is writing {partial}") from None
+    # Units that other settings made do not go with these.
+    if (partial / "settings.json").is_file():
+        check_settings(read_json(partial / "settings.json"), settings, partial)
+    write_json(partial / "settings.json", settings)
     if done := len(list(partial.glob("unit_*.json"))):
         print(f"going on in {partial}: {done} of {len(units)} units are done")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -872,13 +830,11 @@ def write_shards(
     filtered = sum(result["filtered"] for result in results)
     bad = [reason for result in results for reason in result["bad"]]
     shards = {}
-    documents = {}
-    summary = []
     for split in PREFIX:
         shards[split] = [result["shards"][split] for result in results if split in result["shards"]]
-        documents[split] = sum(shard["documents"] for shard in shards[split])
-        tokens = sum(shard["tokens"] for shard in shards[split])
-        summary.append(f"{documents[split]:,} documents, {tokens:,} tokens")
+    documents = {split: sum(shard["documents"] for shard in shards[split]) for split in shards}
+    tokens = {split: sum(shard["tokens"] for shard in shards[split]) for split in shards}
+    summary = [f"{documents[split]:,} documents, {tokens[split]:,} tokens" for split in shards]
     counts = f"{summary[0]} for training; {summary[1]} held out; {filtered:,} filtered out, {len(bad):,} bad"
     if not shards["tokens"]:
         shutil.rmtree(partial)
@@ -914,6 +870,7 @@ def read_meta(path: Path) -> dict:
     return meta
 
 
+@functools.lru_cache(OPEN_ARRAYS)
 def map_array(file: Path, length: int, dtype: str) -> np.ndarray:
     """A .npy file, memory-mapped; ValueError names it where it is not what meta.json says."""
     try:
@@ -923,9 +880,6 @@ def map_array(file: Path, length: int, dtype: str) -> np.ndarray:
     if values.shape != (length,) or values.dtype != dtype:
         raise ValueError(f"{file} holds {values.shape} {values.dtype}; meta.json says ({length},) {dtype}")
     return values
-
-
-open_array = functools.lru_cache(maxsize=OPEN_ARRAYS)(map_array)
 
 
 class Batch(NamedTuple):
@@ -957,24 +911,24 @@ class Shards:
         columns = ["tokens", "ends", "mask"] if sft else ["tokens", "ends"]
         blocks = []
         for number, shard in enumerate(self.shards):
-            # Is everything there, and whole? Too many to keep open.
+            # Is everything there, and whole?
             for column in columns:
-                self.array(number, column, map_array)
+                self.array(number, column)
             blocks.append(shard["documents"] if sft else max(0, shard["tokens"] - 1) // seq_len)
         self.starts = [0, *itertools.accumulate(blocks)]  # first block of each shard
         self.blocks = self.starts[-1]
         total = sum(shard["tokens"] for shard in self.shards)
-        if not self.blocks:
+        if self.blocks == 0:
             wanted = "row" if sft else f"block of seq_len {seq_len} + 1"
             raise ValueError(f"{path}: {total} tokens in its {split} split, not one {wanted}")
         self.tokens_per_block = total / self.blocks if sft else seq_len
 
-    def array(self, number: int, column: str, load: Callable = open_array) -> np.ndarray:
+    def array(self, number: int, column: str) -> np.ndarray:
         """The tokens, ends or mask of shard `number`."""
         shard = self.shards[number]
         dtype = {"tokens": self.meta["dtype"], "ends": "int64", "mask": "uint8"}[column]
         length = shard["documents" if column == "ends" else "tokens"]
-        return load(self.path / shard["file"].replace("tokens", column), length, dtype)
+        return map_array(self.path / shard["file"].replace("tokens", column), length, dtype)
 
     def block(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids, labels, documents), each [T], of block i; T is seq_len, or a row's length - 1."""

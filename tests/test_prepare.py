@@ -2,10 +2,13 @@
 
 import copy
 import gzip
+import hashlib
 import json
+import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from conftest import BUNDLED, ROOT, run
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
@@ -26,29 +30,43 @@ import prepare
 import sample
 from prepare import Mixture, Shards, permute, write_shards
 
-ROOT = Path(__file__).resolve().parents[1]
-BUNDLED = ROOT / "data/quickstart/teacher"
 TOKENIZER = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
 TEXTS = [
     f"# {i}: {'ünï 日本 🙂 ' * (i % 3)}\ndef f(x):\n    return {i} * x\n" * (1 + i % 5) for i in range(150)
 ]
-
-
-def run(*arguments):
-    command = [sys.executable, "prepare.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+SETTINGS = {
+    "input": "rows", "text_key": "text", "min_score": None, "score_key": "int_score", "special_tokens": False,
+    "sft": False, "seq_len": 2048, "heldout_fraction": 0, "unit_bytes": 4000,
+}  # fmt: skip
+COMPRESS = {"gz": gzip.compress, "zst": zstandard.compress}
 
 
 def prepared(input, out, **options):
-    """Of many units even where the input is small."""
-    options = {"num_workers": 1, "unit_bytes": 4000, **options}
-    write_shards(
-        input if isinstance(input, list) else str(input),
-        out,
-        str(options.pop("tokenizer", BUNDLED)),
-        **options,
-    )
+    """The meta.json of shards; of many units even where the input is small, and nothing held out."""
+    options = {"tokenizer": BUNDLED, "num_workers": 1, "unit_bytes": 4000, "heldout_fraction": 0, **options}
+    if isinstance(input, Path):
+        input = str(input)
+    write_shards(input, out, str(options.pop("tokenizer")), **options)
     return json.loads((Path(out) / "meta.json").read_text())
+
+
+def read(*files, **settings):
+    """The rows of files as workers read them: bytes, objects or errors."""
+    settings = SETTINGS | settings
+    units = prepare.plan_units(list(files), settings)
+    return [row for unit in units for part in unit for _, row in prepare.read_part(part, settings)]
+
+
+def encoded(tokenizer, rows, **settings):
+    """[ids, loss mask] of each row, by a tokenizer's directory."""
+    encoder = prepare.Encoder({**SETTINGS, "tokenizer": str(tokenizer), **settings})
+    documents = [encoder.row(json.dumps(row).encode(), Path("a.jsonl")) for row in rows]
+    return [[np.array(values, int) for values in document[1:]] for document in documents]
+
+
+def is_held_out(text, fraction):
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64 < fraction
 
 
 def arrays_of(directory, column, split="tokens"):
@@ -59,9 +77,8 @@ def arrays_of(directory, column, split="tokens"):
 def documents_of(directory, column, split="tokens"):
     """The column's values, tokens or mask, of each document in turn."""
     documents = []
-    for values, ends in zip(
-        arrays_of(directory, column, split), arrays_of(directory, "ends", split), strict=True
-    ):
+    ends_of = arrays_of(directory, "ends", split)
+    for values, ends in zip(arrays_of(directory, column, split), ends_of, strict=True):
         assert len(values) == ends[-1]  # no document goes from one shard into the next
         documents += np.split(values, ends[:-1])
     return documents
@@ -81,8 +98,13 @@ def contents(directory):
     return {file.name: file.read_bytes() for file in sorted(directory.iterdir()) if file.is_file()}
 
 
-def lines(texts, key="text"):
-    return b"".join(json.dumps({key: text}).encode() + b"\n" for text in texts)
+def lines(texts):
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+
+
+def write_rows(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
 
 
 def write_as(kind, path, texts):
@@ -92,12 +114,15 @@ def write_as(kind, path, texts):
         path.write_text(json.dumps([{"id": i, "text": text} for i, text in enumerate(texts)], indent=2))
     elif kind == "jsonl.gz":  # two members, as `cat a.gz b.gz` makes
         path.write_bytes(gzip.compress(lines(texts[:50])) + gzip.compress(lines(texts[50:])))
-    elif kind == "json.zst":  # objects one after another, not an array
-        path.write_bytes(zstandard.compress(lines(texts)))
-    else:
-        compress = zstandard.compress if kind.endswith("zst") else bytes
-        path.write_bytes(compress(lines(texts)))
+    else:  # .json.zst has objects one after another, not an array
+        path.write_bytes(COMPRESS.get(kind.split(".")[-1], bytes)(lines(texts)))
     return path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """TEXTS as .jsonl."""
+    return write_as("jsonl", tmp_path_factory.mktemp("source") / "a.jsonl", TEXTS)
 
 
 # ---- formats
@@ -107,23 +132,19 @@ def write_as(kind, path, texts):
 def test_every_format_gives_the_same_documents_and_bytes_for_any_number_of_workers(
     kind, tmp_path, monkeypatch
 ):
+    """What is held out is by the text alone, and so does not depend on format or order."""
     monkeypatch.setattr(prepare, "BLOCK", 1000)  # objects and lines that go over several blocks
-    source = write_as(kind, tmp_path / f"data.{kind}", TEXTS)
-    written = []
-    for workers in (1, 2, 3):
-        meta = prepared(source, tmp_path / str(workers), heldout_fraction=0.2, num_workers=workers)
-        written.append(contents(tmp_path / str(workers)))
-    assert written[0] == written[1] == written[2]
+    path = write_as(kind, tmp_path / f"data.{kind}", TEXTS)
+    for workers in (1, 3):
+        meta = prepared(path, tmp_path / str(workers), heldout_fraction=0.2, num_workers=workers)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
     assert len(meta["splits"]["tokens"]) == {"jsonl": 16, "parquet": 4}.get(kind, 1)
-    held = texts_of(tmp_path / "1", "heldout")
-    assert 10 < len(held) < 60
-    assert held == [text for text in TEXTS if text in held]
+    held = [text for text in TEXTS if is_held_out(text, 0.2)]
+    assert texts_of(tmp_path / "1", "heldout") == held != []
     assert texts_of(tmp_path / "1") == [text for text in TEXTS if text not in held]
-    names = {file.name for file in (tmp_path / "1").iterdir()}
-    assert names == {
-        "meta.json",
-        *(name for shards in meta["splits"].values() for s in shards for name in s["sha256"]),
-    }
+    shards = [*meta["splits"]["tokens"], *meta["splits"]["heldout"]]
+    names = {name for shard in shards for name in shard["sha256"]}
+    assert {file.name for file in (tmp_path / "1").iterdir()} == {"meta.json", *names}
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -131,70 +152,44 @@ def test_small_files_are_packed_into_units_whole(tmp_path):
     """As the quickstart's: one document a file, in the order of their names, and few shards."""
     for i, text in enumerate(TEXTS):
         (tmp_path / f"{i:03d}.py").write_text(text)
-    meta = prepared(f"{tmp_path}/*.py", tmp_path / "out", heldout_fraction=0.1, unit_bytes=10_000)
-    held = texts_of(tmp_path / "out", "heldout")
-    assert 3 < len(held) < 30
-    assert texts_of(tmp_path / "out") == [text for text in TEXTS if text not in held]
-    size = sum(len(text.encode()) for text in TEXTS)
-    assert size / 10_000 < len(meta["splits"]["tokens"]) < 2 * size / 10_000 + 1
-    meta = prepared(f"{tmp_path}/*.py", tmp_path / "one", heldout_fraction=0.1, unit_bytes=64_000_000)
-    assert len(meta["splits"]["tokens"]) == 1
-    assert np.array_equal(
-        np.concatenate(arrays_of(tmp_path / "out", "tokens")), arrays_of(tmp_path / "one", "tokens")[0]
-    )
+    meta = prepared(f"{tmp_path}/*.py", tmp_path / "out", unit_bytes=10_000)
+    assert texts_of(tmp_path / "out") == TEXTS
+    units = sum(len(text.encode()) for text in TEXTS) / 10_000
+    assert units < len(meta["splits"]["tokens"]) < 2 * units + 1
+    meta = prepared(f"{tmp_path}/*.py", tmp_path / "one", unit_bytes=64_000_000)
+    assert len(meta["splits"]["tokens"]) == 1 and texts_of(tmp_path / "one") == TEXTS
 
 
-@pytest.mark.parametrize("unit_bytes", [7, 50, 99, 100, 101, 1000])
-def test_byte_ranges_share_no_line_and_leave_none_out(unit_bytes, tmp_path):
+def test_byte_ranges_share_no_line_and_leave_none_out(tmp_path):
     """Lines of every length around the unit's, so that some begin and end exactly where a range does."""
     texts = [str(i) * (1 + 7 * i % 40) for i in range(60)] + ["x" * (100 - len('{"text": ""}') - 1)] * 5
     (tmp_path / "a.jsonl").write_bytes(lines(texts) + b"\n\n" + lines(["no newline"])[:-1])
-    prepared(tmp_path / "a.jsonl", tmp_path / "out", heldout_fraction=0, unit_bytes=unit_bytes)
-    assert texts_of(tmp_path / "out") == [*texts, "no newline"]
-
-
-def test_the_ranges_of_a_long_text_leave_nothing_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "LONGEST_TEXT", 100)
-    rows = ["y" * (i * 37 % 130) for i in range(60)] + ["z" * 99] * 4
-    (tmp_path / "a.txt").write_text("\n".join(rows))
-    meta = prepared(tmp_path / "a.txt", tmp_path / "out", heldout_fraction=0, unit_bytes=500)
-    assert "".join(texts_of(tmp_path / "out")) == "\n".join(rows)
-    assert len(meta["splits"]["tokens"]) > 4 and meta["documents"]["tokens"] > 20
-
-
-def test_held_out_documents_do_not_depend_on_order_or_format(tmp_path):
-    shuffled = random.Random(0).sample(TEXTS, len(TEXTS))
-    prepared(write_as("jsonl", tmp_path / "a.jsonl", TEXTS), tmp_path / "a", heldout_fraction=0.3)
-    prepared(write_as("parquet", tmp_path / "b.parquet", shuffled), tmp_path / "b", heldout_fraction=0.3)
-    assert sorted(texts_of(tmp_path / "a", "heldout")) == sorted(texts_of(tmp_path / "b", "heldout"))
-
-
-@pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl"])
-def test_a_long_document_is_cut_where_tokens_end(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "PIECE", 300)
-    monkeypatch.setattr(prepare, "BLOCK", 100)
-    text = "".join(TEXTS) + "x" * 1000 + "日本" * 500  # at its end no line to cut at
-    data = lines([text]) if kind == "jsonl" else text.encode()
-    (tmp_path / f"a.{kind}").write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
-    prepared(tmp_path / f"a.{kind}", tmp_path / "out", heldout_fraction=0)
-    assert texts_of(tmp_path / "out") == [text]
-    whole = TOKENIZER.encode(text).ids
-    found = arrays_of(tmp_path / "out", "tokens")[0].tolist()
-    length = len(TOKENIZER.encode("".join(TEXTS)).ids)
-    assert found[: length - 100] == whole[: length - 100]
+    for unit_bytes in (1, 7, *range(16 * 95, 16 * 105, 7), 10_000):
+        rows = read(tmp_path / "a.jsonl", unit_bytes=unit_bytes)
+        assert [json.loads(row)["text"] for row in rows] == [*texts, "no newline"], unit_bytes
 
 
 @pytest.mark.parametrize("kind", ["txt", "txt.gz"])
-def test_a_text_file_without_end_is_several_documents(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "LONGEST_TEXT", 2000)
-    text = "".join(TEXTS) + "日本" * 100
-    (tmp_path / f"a.{kind}").write_bytes(gzip.compress(text.encode()) if kind == "txt.gz" else text.encode())
-    meta = prepared(tmp_path / f"a.{kind}", tmp_path / "out", heldout_fraction=0.3)
-    kept, held = (texts_of(tmp_path / "out", split) for split in ("tokens", "heldout"))
-    assert sum(meta["documents"].values()) == len(kept) + len(held) > 8 and len(held) > 1
-    assert sorted("".join(kept + held)) == sorted(text)
-    # at most 2000 bytes and what is left of the line, 600 at the end of the text
-    assert all(len(document.encode()) <= 2700 and document in text for document in kept + held)
+def test_a_long_text_is_several_documents(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "LONGEST_TEXT", 100)
+    for i, row in enumerate(["y" * (i * 37 % 130) for i in range(60)] + ["z" * 99] * 4):
+        text = (row + "\n") * 20 + "日本" * i
+        data = text.encode()
+        (tmp_path / f"a.{kind}").write_bytes(gzip.compress(data) if kind == "txt.gz" else data)
+        rows = read(tmp_path / f"a.{kind}")
+        assert b"".join(rows).split() == data.split(), i
+        # At most 100 bytes and what is left of the line.
+        assert all(len(row) <= 100 + 131 + 6 * i for row in rows)
+
+
+def test_a_long_document_is_cut_where_tokens_end(monkeypatch):
+    text = "".join(TEXTS) + "function" * 100 + "日本" * 500  # at its end no line to cut at
+    whole = TOKENIZER.encode(text).ids
+    monkeypatch.setattr(prepare, "PIECE", 300)
+    found = prepare.encode_text(TOKENIZER, text)
+    assert TOKENIZER.decode(found) == text and found != whole
+    length = len(TOKENIZER.encode("".join(TEXTS)).ids)
+    assert found[: length - 100] == whole[: length - 100]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "txt", "json"])
@@ -204,34 +199,23 @@ def test_a_line_or_object_too_long_is_one_bad_row(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "LONGEST_TEXT", 1000)
     long = "x" * 20_000
     data = f"first\n{long}\nlast\n".encode() if kind == "txt" else lines(["first", long, "last"])
-    compress = {"gz": gzip.compress, "zst": zstandard.compress}.get(kind.split(".")[-1], bytes)
-    (tmp_path / f"a.{kind}").write_bytes(compress(data))
-    (tmp_path / "b.jsonl").write_bytes(lines(["the next file"]))
-    meta = prepared([f"{tmp_path}/a.{kind}", f"{tmp_path}/b.jsonl"], tmp_path / "out", heldout_fraction=0)
-    assert meta["bad"] == 1
-    expected = ["last\n"] if kind == "txt" else ["first", "last"]
-    assert texts_of(tmp_path / "out") == [*expected, "the next file"]
-    assert "a line over 5,000 bytes" in meta["first_bad"][0]
+    (tmp_path / f"a.{kind}").write_bytes(COMPRESS.get(kind.split(".")[-1], bytes)(data))
+    *first, bad, last = read(tmp_path / f"a.{kind}")
+    assert isinstance(bad, ValueError) and str(bad) == "a line over 5,000 bytes"
+    assert (first, last) == (([], b"last\n") if kind == "txt" else ([lines(["first"])], lines(["last"])))
 
 
-@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
-def test_a_gigabyte_in_one_line_takes_little_memory(kind, tmp_path):
-    """Under 4 x the longest row of 64 MB, where the line alone is 1 GB; measured in a process of its own.
-
-    The .zst has 32 kB.
-    """
-    open_file = {
-        "jsonl.gz": lambda path: gzip.open(path, "wb", 1),
-        "jsonl.zst": lambda path: zstandard.open(path, "wb"),
-    }
-    with open_file[kind](tmp_path / f"a.{kind}") as file:
+@pytest.mark.parametrize("kind, open_file", [("gz", gzip.open), ("zst", zstandard.open)])
+def test_half_a_gigabyte_in_one_line_takes_little_memory(kind, open_file, tmp_path):
+    """Under 4 x the longest row of 64 MB, with all that is imported; measured in a process of its own."""
+    with open_file(tmp_path / f"a.jsonl.{kind}", "wb", *([1] * (kind == "gz"))) as file:
         file.write(lines(["first"]) + b'{"text": "')
-        for _ in range(1000):
+        for _ in range(500):
             file.write(b"x" * 2**20)
         file.write(b'"}\n' + lines(["last"]))
     script = f"""
 import resource, prepare
-paths = {[str(tmp_path / f"a.{kind}"), str(tmp_path / "out"), str(BUNDLED)]}
+paths = {[str(tmp_path / f"a.jsonl.{kind}"), str(tmp_path / "out"), str(BUNDLED)]}
 prepare.write_shards(*paths, heldout_fraction=0)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
 """
@@ -242,42 +226,67 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
     assert json.loads((tmp_path / "out/meta.json").read_text())["bad"] == 1
 
 
-@pytest.mark.parametrize("kind", ["json", "json.gz"])
-def test_an_array_is_read_whole_and_so_has_a_limit(kind, tmp_path, monkeypatch):
+def test_an_array_is_read_whole_and_so_has_a_limit(tmp_path, monkeypatch):
     """Before any work where the file tells; as a bad file where it grows when decompressed."""
     monkeypatch.setattr(prepare, "LONGEST_ROW", 5000)
-    data = json.dumps([{"text": text} for text in TEXTS]).encode()
-    (tmp_path / f"a.{kind}").write_bytes(gzip.compress(data) if kind == "json.gz" else data)
-    (tmp_path / "b.jsonl").write_bytes(lines(["the next file"]))
-    paths = [f"{tmp_path}/a.{kind}", f"{tmp_path}/b.jsonl"]
-    if kind == "json":
-        with pytest.raises(
-            ValueError, match=r"a.json is a JSON array over 64 MB; give its rows as .jsonl or .par"
-        ):
-            prepared(paths, tmp_path / "out")
-        assert not (tmp_path / "out.partial").exists()
-    else:
-        meta = prepared(paths, tmp_path / "out", heldout_fraction=0)
-        assert meta["bad"] == 1 and "a JSON array over 64 MB" in meta["first_bad"][0]
-        assert texts_of(tmp_path / "out") == ["the next file"]
+    array, packed, objects = (tmp_path / name for name in ("a.json", "a.json.gz", "lines.json"))
+    write_as("json", array, TEXTS)
+    packed.write_bytes(gzip.compress(array.read_bytes()))
+    advice = "a JSON array over 64 MB; give its rows as .jsonl or .parquet"
+    with pytest.raises(ValueError, match=f"a.json is {advice}"):
+        prepared(array, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+    (bad,) = read(packed)
+    assert isinstance(bad, ValueError) and advice in str(bad)
     # An object a line has no limit but the lines' own.
-    (tmp_path / "lines.json").write_bytes(lines(TEXTS))
-    prepared(tmp_path / "lines.json", tmp_path / "lines", heldout_fraction=0)
-    assert texts_of(tmp_path / "lines") == TEXTS
+    objects.write_bytes(lines(TEXTS))
+    assert [json.loads(row)["text"] for row in read(objects)] == TEXTS
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_a_byte_order_mark_is_no_content(ending, tmp_path):
+    bom = b"\xef\xbb\xbf"
+    rows = [{"text": text} for text in TEXTS[:3]]
+    for name, data, expected in (
+        ("array.json", bom + json.dumps(rows).encode(), rows),
+        ("indented.json", bom + b" \n" + json.dumps(rows, indent=1).encode(), rows),
+        ("rows.json", bom + lines(TEXTS[:3]), lines(TEXTS[:3]).splitlines(keepends=True)),
+        ("rows.jsonl", bom + lines(TEXTS[:3]), lines(TEXTS[:3]).splitlines(keepends=True)),
+        ("text.txt", bom + TEXTS[0].encode(), [TEXTS[0].encode()]),
+        ("code.py", bom + TEXTS[0].encode(), [TEXTS[0].encode()]),
+        ("within.txt", b"a" + bom + b"b", [b"a" + bom + b"b"]),  # within a text it is content
+    ):
+        (tmp_path / f"{name}{ending}").write_bytes(COMPRESS.get(ending[1:], bytes)(data))
+        assert read(tmp_path / f"{name}{ending}") == expected, name
+
+
+def test_what_exists_is_no_glob(tmp_path):
+    directory = tmp_path / "corpus [v2]*?"
+    directory.mkdir()
+    (tmp_path / "corpus v").mkdir()
+    brackets, plain, other = directory / "a[1].jsonl", directory / "a1.jsonl", tmp_path / "corpus v/a1.jsonl"
+    for path in (brackets, plain, other):
+        path.touch()
+    for pattern, expected in (
+        (f"{directory}/a[1].jsonl", [brackets]),
+        (f"{directory}/a1.jsonl", [plain]),
+        (f"{directory}/*.jsonl", [plain, brackets]),
+        (f"{directory}/**/a[[]1].jsonl", [brackets]),
+        (f"{tmp_path}/corpus [v]/*.jsonl", [other]),
+        ((str(plain), str(brackets)), [plain, brackets]),
+    ):
+        assert prepare.find_files(pattern) == expected, pattern
+    with pytest.raises(ValueError, match="matches no file"):
+        prepare.find_files(str(directory))
 
 
 def test_scores_filter_rows_by_a_dotted_key(tmp_path):
     rows = [{"body": {"text": text}, "metadata": {"int_score": i % 6}} for i, text in enumerate(TEXTS)]
     rows[7]["metadata"] = None
-    options = {
-        "text_key": "body.text",
-        "min_score": 4,
-        "score_key": "metadata.int_score",
-        "heldout_fraction": 0,
-    }
-    kept = [text for i, text in enumerate(TEXTS) if i % 6 >= 4 and i != 7]
+    options = {"text_key": "body.text", "min_score": 4, "score_key": "metadata.int_score"}
+    kept = [text for i, text in enumerate(TEXTS) if i % 6 >= 4]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows(tmp_path / "a.jsonl", rows)
     for kind in ("parquet", "jsonl"):
         meta = prepared(tmp_path / f"a.{kind}", tmp_path / kind, **options)
         assert texts_of(tmp_path / kind) == kept
@@ -289,335 +298,283 @@ def test_scores_filter_rows_by_a_dotted_key(tmp_path):
 # ---- what is bad
 
 
-def bad_line(position, line):
-    def write(path):
-        rows = lines(TEXTS).splitlines(keepends=True)
-        rows[position - 1] = line + b"\n"
-        path.write_bytes(b"".join(rows))
-        return TEXTS[: position - 1] + TEXTS[position:]
-
-    return write
+def test_bad_lines_are_told_counted_and_skipped(tmp_path, capfd):
+    bad = {
+        0: (b'{"other": 1}', "no text under text"),
+        2: (b'{"text": "cut', "not JSON: "),
+        8: (rb'{"text": "\ud83d"}', "'utf-8' codec can't encode character"),
+        76: (b'["text"]', "not a JSON object"),
+        148: (b'{"text": null}', "no text under text"),
+        149: (b'{"text": "caf\xe9"}', "not JSON: 'utf-8' codec can't decode byte 0xe9"),
+    }
+    rows = lines(TEXTS).splitlines(keepends=True)
+    for i, (line, _) in bad.items():
+        rows[i] = line + b"\n"
+    (tmp_path / "bad.jsonl").write_bytes(b"".join(rows))
+    meta = prepared(tmp_path / "bad.jsonl", tmp_path / "out")
+    assert texts_of(tmp_path / "out") == [text for i, text in enumerate(TEXTS) if i not in bad]
+    assert meta["bad"] == len(meta["first_bad"]) == len(bad)
+    printed = capfd.readouterr().err
+    for reason, (i, (_, words)) in zip(meta["first_bad"], bad.items(), strict=True):
+        offset = sum(map(len, rows[:i]))
+        assert reason.startswith(f"{tmp_path}/bad.jsonl: byte {offset}: {words}")
+        assert f"skipped {reason}" in printed
 
 
 def truncated(compress):
-    def write(path):
-        noise = random.Random(0)  # hard to compress, so that the cut is far from the start
-        texts = ["".join(noise.choices("abcdefghij \n", k=900)) for _ in range(1000)]
-        data = compress(lines(texts))
-        path.write_bytes(data[: len(data) * 3 // 4])
-        return texts
-
-    return write
+    noise = random.Random(0)  # hard to compress, so that the cut is far from the start
+    texts = [noise.randbytes(500).hex() for _ in range(1000)]
+    data = compress(lines(texts))
+    return data[: len(data) * 3 // 4], texts
 
 
-def bad_row_group(path):
-    table = pa.table({"text": TEXTS})
+def damaged_parquet(path, texts, flip=False):
+    """Three row groups, of which the second has what is no text, or a byte that its checksum tells."""
+    table = pa.table({"text": pa.array(texts).view(pa.string())})
     pq.write_table(table, path, row_group_size=50, use_dictionary=False, write_page_checksum=True)
     data = bytearray(path.read_bytes())
     column = pq.ParquetFile(path).metadata.row_group(1).column(0)
-    data[column.data_page_offset + column.total_compressed_size // 2] ^= 255
-    path.write_bytes(data)
-    return TEXTS[:50] + TEXTS[100:]
+    data[column.data_page_offset + column.total_compressed_size // 2] ^= 255 * flip
+    return bytes(data), TEXTS[:50] + TEXTS[100:]
 
 
-def bad_parquet_text(path):
+def bad_file(kind, path):
+    """(name, bytes, the texts that can be read, what is told)."""
     texts = [text.encode() for text in TEXTS]
-    texts[69] = b"caf\xe9"
-    pq.write_table(pa.table({"text": pa.array(texts).view(pa.string())}), path, row_group_size=50)
-    return TEXTS[:50] + TEXTS[100:]
+    rows = [{"text": text} for text in TEXTS]
+    if kind == "gzip":
+        return "bad.jsonl.gz", *truncated(gzip.compress), "unreadable behind byte N: Compressed file ended"
+    if kind == "zstd":
+        return "bad.jsonl.zst", *truncated(zstandard.compress), "unreadable behind byte N: Truncated"
+    if kind == "row group":
+        return "bad.parquet", *damaged_parquet(path, texts, flip=True), "unreadable behind row group 1: "
+    if kind == "parquet text":
+        texts[69] = b"caf\xe9"
+        words = "unreadable behind row group 1: 'utf-8' codec"
+        return "bad.parquet", *damaged_parquet(path, texts), words
+    if kind == "array":
+        return "bad.json", json.dumps(rows)[:-9].encode(), [], "unreadable behind its start: "
+    if kind == "null in array":
+        rows[3] = {"text": None}
+        return "bad.json", json.dumps(rows).encode(), TEXTS[:3] + TEXTS[4:], "row 4: no text under text"
+    if kind == "string in array":
+        rows[3] = TEXTS[3]
+        return "bad.json", json.dumps(rows).encode(), TEXTS[:3] + TEXTS[4:], "row 4: not a JSON object"
+    words = "byte 0: 'utf-8' codec can't decode byte 0xe9 in position 11"
+    return "bad.txt", b"one\ntwo\ncaf\xe9\n", [], words
 
 
-def bad_array(path):
-    rows = [json.dumps({"text": text}) for text in TEXTS[:5]]
-    path.write_text("[" + ",\n".join([*rows, '{"text": ', *rows]) + "]")
-    return []
-
-
-def null_in_array(path):
-    path.write_text(json.dumps([{"text": None if i == 3 else text} for i, text in enumerate(TEXTS)]))
-    return TEXTS[:3] + TEXTS[4:]
-
-
-def string_in_array(path):
-    path.write_text(json.dumps([text if i == 3 else {"text": text} for i, text in enumerate(TEXTS)]))
-    return TEXTS[:3] + TEXTS[4:]
-
-
-def bad_text(path):
-    path.write_bytes(b"one\ntwo\ncaf\xe9\n")
-    return []
-
-
-BAD = {
-    "json": ("jsonl", bad_line(3, b'{"text": "cut'), "bad.jsonl: byte {offset}: not JSON: "),
-    "null": ("jsonl", bad_line(149, b'{"text": null}'), "bad.jsonl: byte {offset}: no text under text"),
-    "missing": ("jsonl", bad_line(1, b'{"other": 1}'), "bad.jsonl: byte {offset}: no text under text"),
-    "no object": ("jsonl", bad_line(77, b'["text"]'), "bad.jsonl: byte {offset}: not a JSON object"),
-    "utf8": (
-        "jsonl",
-        bad_line(150, b'{"text": "caf\xe9"}'),
-        "bad.jsonl: byte {offset}: not JSON: 'utf-8' codec can't decode byte 0xe9",
-    ),
-    "surrogate": (
-        "jsonl",
-        bad_line(9, rb'{"text": "\ud83d"}'),
-        "bad.jsonl: byte {offset}: 'utf-8' codec can't encode character",
-    ),
-    "gzip": (
-        "jsonl.gz",
-        truncated(gzip.compress),
-        "bad.jsonl.gz: broken compression: Compressed file ended before ",
-    ),
-    "zstd": (
-        "jsonl.zst",
-        truncated(zstandard.compress),
-        "bad.jsonl.zst: broken compression: Truncated compressed stream",
-    ),
-    "row group": ("parquet", bad_row_group, "bad.parquet: row group 1, row 1: 50 rows lost: "),
-    "parquet text": (
-        "parquet",
-        bad_parquet_text,
-        "bad.parquet: row group 1, row 1: 50 rows lost: 'utf-8' codec",
-    ),
-    "array": ("json", bad_array, "bad.json: row 0: not JSON: "),
-    "null in array": ("json", null_in_array, "bad.json: row 4: no text under text"),
-    "string in array": ("json", string_in_array, "bad.json: row 4: not a JSON object"),
-    "text": ("txt", bad_text, "bad.txt: byte 0: 'utf-8' codec can't decode byte 0xe9 in position 11"),
-}
-
-
-def missing_line(texts, good):
-    """How many lines stand before the one that is not there."""
-    return next((i for i, (a, b) in enumerate(zip(texts, good, strict=False)) if a != b), len(good))
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_what_is_bad_is_told_counted_and_skipped(name, tmp_path, capfd):
-    kind, write, message = BAD[name]
-    good = write(tmp_path / f"bad.{kind}")
+@pytest.mark.parametrize(
+    "kind", ["gzip", "zstd", "row group", "parquet text", "array", "null in array", "string in array", "text"]
+)
+def test_what_a_damaged_file_still_has_is_kept(kind, tmp_path):
+    name, data, good, words = bad_file(kind, tmp_path / "made")
+    (tmp_path / name).write_bytes(data)
     write_as("jsonl", tmp_path / "good.jsonl", ["the next file"])
-    meta = prepared(f"{tmp_path}/*", tmp_path / "out", heldout_fraction=0)
+    meta = prepared([f"{tmp_path}/{name}", f"{tmp_path}/good.jsonl"], tmp_path / "out")
     found = texts_of(tmp_path / "out")
-    if name in ("gzip", "zstd"):  # every line that is whole in what is left of the file
+    if kind in ("gzip", "zstd"):  # every line that is whole in what is left of the file
         assert 500 < len(found) - 1 < 900
-        assert found == [*good[: len(found) - 1], "the next file"]
-    else:
-        assert found == [*good, "the next file"]
-        message = message.format(offset=len(lines(TEXTS[: missing_line(TEXTS, good)])))
+        good = good[: len(found) - 1]
+    assert found == [*good, "the next file"]
     assert meta["bad"] == len(meta["first_bad"]) == 1
-    assert meta["first_bad"][0].startswith(f"{tmp_path}/{message}")
-    assert f"skipped {tmp_path}/{message}" in capfd.readouterr().err
+    told = re.sub(r"behind byte \d+", "behind byte N", meta["first_bad"][0])
+    assert told.startswith(f"{tmp_path}/{name}: {words}")
+
+
+def test_an_error_of_the_disk_is_no_damage(source, monkeypatch):
+    """It ends the run, which would otherwise leave out what can be read the next time."""
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(prepare, "read_rows", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        read(source)
 
 
 def test_more_than_max_bad_stops_and_a_higher_limit_goes_on(tmp_path):
+    """Units that are done are not made again."""
     rows = lines(TEXTS).splitlines(keepends=True)
     rows[10:10], rows[80:80] = [b"bad\n"], [b"bad\n", b"bad\n"]
     (tmp_path / "a.jsonl").write_bytes(b"".join(rows))
+    made = {}
     for limit, line in ((0, 10), (2, 81)):
         offset = sum(map(len, rows[:line]))
         wrong = f"more than max_bad = {limit}, the last .*a.jsonl: byte {offset}: not JSON"
         with pytest.raises(ValueError, match=wrong):
             prepared(tmp_path / "a.jsonl", tmp_path / "out", max_bad=limit)
-        assert (tmp_path / "out.partial/settings.json").exists()
+        done = {file.stem.split("_")[1] for file in (tmp_path / "out.partial").glob("unit_*.json")}
+        files = [file for file in (tmp_path / "out.partial/shards").glob("*.npy") if file.stem[-5:] in done]
+        now = {file.name: file.stat().st_mtime_ns for file in files}
+        assert made.items() <= now.items() and len(now) >= len(made)
+        made = now
+    # Of the units that nobody waits for, nothing is printed.
+    options = ("--unit_bytes=500", "--num_workers=2", "--max_bad=0")
+    done = run("prepare.py", f"--input={tmp_path}/a.jsonl", f"--out={tmp_path}/told", *options)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert prepared(tmp_path / "a.jsonl", tmp_path / "out", max_bad=3)["bad"] == 3
+    now = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.npy")}
+    assert len(made) > 10 and made.items() < now.items()
     prepared(tmp_path / "a.jsonl", tmp_path / "straight")
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
 
-def test_refusals_are_one_line(tmp_path, monkeypatch):
-    source = write_as("jsonl", tmp_path / "a.jsonl", TEXTS)
-    (tmp_path / "a.txt").write_text("text")
-    out, tokens = f"--out={tmp_path}/out", f"--tokenizer={BUNDLED}"
+REFUSED = [
+    ({"input": "/nowhere/*.jsonl"}, "/nowhere/*.jsonl matches no file"),
+    ({"input": (1, 2)}, "input has 1 in it, which is no file or glob"),
+    ({"input": ()}, "the input holds no text to train on: 0 files"),
+    ({"input": f"{ROOT}/README.md"}, "README.md: input must be .parquet, or .txt .py .jsonl .json"),
+    ({"input": "HERE/bad.parquet"}, "bad.parquet is not Parquet: "),
+    ({"input": "HERE/a.parquet", "text_key": "body"}, "no column body, messages or conversations"),
+    ({"input": "HERE/a.txt", "min_score": 1.0}, "the input holds no text to train on: 1 files"),
+    ({"sft": True}, "has no chat template"),
+    ({"num_workers": -1}, "num_workers is -1; it must be at least 0"),
+    ({"seq_len": 1}, "seq_len is 1; it must be at least 2"),
+    ({"heldout_fraction": 1.0}, "must be from 0 to below 1"),
+    ({"tokenizer": "/nowhere"}, "/nowhere/tokenizer.json is no tokenizer.json of a Hugging Face directory"),
+    ({"input": "HERE/empty.txt"}, "the input holds no text to train on: 1 files"),
+    ({"input": "HERE/empty.json"}, "the input holds no text to train on: 1 files"),
+    ({"input": "HERE/blank.jsonl"}, "the input holds no text to train on: 1 files"),
+]
+
+
+def test_refusals_are_one_line_and_leave_nothing(tmp_path, monkeypatch):
+    for name, text in (("a.txt", "text"), ("empty.txt", ""), ("empty.json", ""), ("blank.jsonl", "\n\n")):
+        (tmp_path / name).write_text(text)
     write_as("parquet", tmp_path / "a.parquet", TEXTS)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 but no more than that")
-    for name in ("empty.txt", "empty.jsonl", "empty.json", "blank.jsonl"):
-        (tmp_path / name).write_text("\n\n" if name == "blank.jsonl" else "")
     before = set(tmp_path.iterdir())
-    for arguments, words in [
-        (["--input=/nowhere/*.jsonl"], "/nowhere/*.jsonl matches no file"),
-        (["--input=(1,2)"], "input has 1 in it, which is no file or glob"),
-        (["--input=()"], "input names no file"),
-        ([f"--input={ROOT}/README.md"], "README.md: input must be .parquet, or .txt .py .jsonl .json"),
-        ([f"--input={tmp_path}/bad.parquet"], "bad.parquet is not Parquet: "),
-        ([f"--input={tmp_path}/a.*", "--min_score=1"], "a.txt is plain text: it has no scores"),
-        ([f"--input={tmp_path}/a.parquet", "--text_key=body"], "no column body, messages or conversations"),
-        ([f"--input={source}", "--sft=True"], "has no chat template"),
-        ([f"--input={source}", "--num_workers=-1"], "num_workers -1; they must be at least 0"),
-        ([f"--input={source}", "--heldout_fraction=1.0"], "must be from 0 to below 1"),
-        ([f"--inspect={tmp_path}"], "has no meta.json"),
-        ([f"--input={tmp_path}/empty.txt"], "the input holds no text to train on: 1 files"),
-        ([f"--input={tmp_path}/empty.jsonl"], "the input holds no text to train on: 1 files"),
-        ([f"--input={tmp_path}/empty.json"], "the input holds no text to train on: 1 files"),
-        ([f"--input={tmp_path}/blank.jsonl"], "the input holds no text to train on: 1 files"),
-    ]:
-        done = run(out, tokens, *arguments)
-        assert done.returncode == 2 and words in done.stderr.splitlines()[-1], done.stderr
-        assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+    for options, words in REFUSED:
+        options = {"input": "HERE/a.txt", **options}
+        if isinstance(options["input"], str):
+            options["input"] = options["input"].replace("HERE", str(tmp_path))
+        with pytest.raises(ValueError, match=re.escape(words)) as refusal:
+            prepared(out=tmp_path / "out", **options)
+        assert "\n" not in str(refusal.value)
         assert set(tmp_path.iterdir()) == before  # neither out nor out.partial
+    for arguments in ([f"--input={tmp_path}/empty.txt", f"--out={tmp_path}/out"], [f"--inspect={tmp_path}"]):
+        done = run("prepare.py", *arguments)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     for module, kind in (("pyarrow", "jsonl.zst"), ("pyarrow.parquet", "parquet")):
         write_as(kind, tmp_path / f"b.{kind}", TEXTS)
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
             with pytest.raises(ValueError, match="needs the package pyarrow: pip install pyarrow"):
-                prepared(tmp_path / f"b.{kind}", tmp_path / f"b_{kind}")
+                prepared(tmp_path / f"b.{kind}", tmp_path / "out")
 
 
 # ---- killed and gone on with
-
-DRIVER = """
-import sys, prepare
-prepare.write_shards(sys.argv[2:], sys.argv[1], sys.argv[0], heldout_fraction=0.2, unit_bytes=20_000)
-"""
 
 
 def test_killed_at_ten_moments_ends_with_the_same_bytes(tmp_path):
     texts = [text * 10 for text in TEXTS]
     files = [write_as(kind, tmp_path / f"data.{kind}", texts) for kind in ("jsonl.gz", "json", "parquet")]
-    (tmp_path / "data.jsonl").write_bytes(lines(texts[:70]) + b"bad\n" + lines(texts[70:]))
+    files.append(tmp_path / "data.jsonl")
+    files[-1].write_bytes(lines(texts[:70]) + b"bad\n" + lines(texts[70:]))
+    files = list(map(str, files))
+    fork = multiprocessing.get_context("fork")
 
     def start(out):
-        """A run that has begun to work."""
-        script = DRIVER.replace("sys.argv[0]", repr(str(BUNDLED)))
-        command = [sys.executable, "-c", script, str(out), *map(str, files), str(tmp_path / "data.jsonl")]
-        process = subprocess.Popen(
-            command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        while not (Path(f"{out}.partial") / "settings.json").exists() and process.poll() is None:
+        """A run that has begun to work, in a process group of its own."""
+
+        def work():
+            os.setsid()
+            prepared(files, out, heldout_fraction=0.2, unit_bytes=20_000, num_workers=2)
+
+        process = fork.Process(target=work)
+        process.start()
+        while not (Path(f"{out}.partial") / "settings.json").exists() and process.is_alive():
             time.sleep(0.002)
         return process
 
-    straight = start(tmp_path / "straight")
     begun = time.perf_counter()
-    assert straight.wait() == 0
+    straight = start(tmp_path / "straight")
+    straight.join()
     duration = time.perf_counter() - begun
     expected = contents(tmp_path / "straight")
-    assert len(expected) > 20
+    assert straight.exitcode == 0 and len(expected) > 20
     moments, gone_on = random.Random(1), 0
     for i in range(10):
         out = tmp_path / f"out{i}"
         process = start(out)
         time.sleep(moments.random() * duration)
         process.kill()
-        process.wait()
+        process.join()
+        gone_on += bool(list(Path(f"{out}.partial").glob("unit_*.json")))
         again = start(out)
-        printed = again.communicate()[0].decode()
-        assert again.returncode == 0
-        gone_on += "going on in" in printed
-        assert contents(out) == expected
+        again.join()
+        assert again.exitcode == 0 and contents(out) == expected
         with pytest.raises(ProcessLookupError):  # its workers have noticed
             for _ in range(100):
                 os.killpg(process.pid, signal.SIG_DFL)
                 time.sleep(0.1)
-        shutil.rmtree(out)
     assert gone_on >= 3
 
 
 def test_going_on_with_other_settings_or_input_is_refused(tmp_path):
-    source = write_as("jsonl", tmp_path / "a.jsonl", [*TEXTS, "last"])
-    with source.open("a") as file:
-        file.write("bad\n")
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines([*TEXTS, "last"]) + b"bad\n")
     with pytest.raises(ValueError, match="more than max_bad"):
-        prepared(source, tmp_path / "out", max_bad=0)
-    shutil.rmtree(tmp_path / "out.partial/shards")
-    before = contents(tmp_path / "out.partial")
-    for options in (
-        {"heldout_fraction": 0.5},
-        {"unit_bytes": 5000},
-        {"text_key": "body"},
-        {"min_score": 1.0},
-    ):
-        with pytest.raises(ValueError, match=f"out.partial was begun with {next(iter(options))} = "):
-            prepared(source, tmp_path / "out", **options)
+        prepared(path, tmp_path / "out", max_bad=0)
     shutil.copytree(BUNDLED, tmp_path / "tokenizer")
     (tmp_path / "tokenizer/tokenizer_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="was begun with tokenizer = "):
-        prepared(source, tmp_path / "out", tokenizer=tmp_path / "tokenizer")
+    before = contents(tmp_path / "out.partial")
+    for options in (
+        {"heldout_fraction": 0.5}, {"unit_bytes": 5000}, {"text_key": "body"}, {"min_score": 1.0},
+        {"special_tokens": True}, {"tokenizer": tmp_path / "tokenizer"},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"out.partial was begun with {next(iter(options))} = "):
+            prepared(path, tmp_path / "out", **options)
+    data = path.read_bytes()
+    for changed in (data + lines(["more"]), data.replace(b'"last"', b'"tsal"')):
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match="was begun with input_files = "):
+            prepared(path, tmp_path / "out")
     assert contents(tmp_path / "out.partial") == before
-    with source.open("a") as file:
-        file.write(json.dumps({"text": "more"}) + "\n")
-    with pytest.raises(ValueError, match="was begun with input_files = "):
-        prepared(source, tmp_path / "out")
 
 
-def test_input_of_the_same_size_that_changed_is_refused(tmp_path):
-    source = write_as("jsonl", tmp_path / "a.jsonl", [*TEXTS, "last", 1])
-    with pytest.raises(ValueError, match="more than max_bad"):
-        prepared(source, tmp_path / "out", max_bad=0)
-    data = source.read_bytes()
-    source.write_bytes(data.replace(b'"last"', b'"tsal"'))
-    with pytest.raises(ValueError, match="was begun with input_files = "):
-        prepared(source, tmp_path / "out")
-
-
-def test_what_is_there_is_said_and_other_settings_are_refused(tmp_path):
-    source = write_as("jsonl", tmp_path / "a.jsonl", TEXTS)
-    arguments = (f"--input={source}", f"--out={tmp_path}/out", f"--tokenizer={BUNDLED}")
-    assert run(*arguments).returncode == 0
+def test_what_is_there_is_said_and_other_settings_are_refused(source, tmp_path, capsys):
+    prepared(source, tmp_path / "out")
     before = contents(tmp_path / "out")
-    again = run(*arguments, "--num_workers=1", "--max_bad=7")
-    assert (
-        again.returncode == 0
-        and again.stdout.splitlines()[-1] == f"{tmp_path}/out is there already, made with the same settings"
-    )
-    other = run(*arguments, "--heldout_fraction=0.5")
-    assert other.returncode == 2
-    assert f"{tmp_path}/out was begun with heldout_fraction = 0.02, not 0.5; remove it" in other.stderr
+    prepared(source, tmp_path / "out", num_workers=2, max_bad=7)
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == f"{tmp_path}/out is there already, made with the same settings"
+    with pytest.raises(ValueError, match=r"/out was begun with heldout_fraction = 0, not 0.5; remove it"):
+        prepared(source, tmp_path / "out", heldout_fraction=0.5)
     (tmp_path / "else").mkdir()
-    refused = run(*arguments[::2], f"--out={tmp_path}/else")
-    assert refused.returncode == 2 and "exists and is no shard directory" in refused.stderr
+    with pytest.raises(ValueError, match="else exists and is no shard directory"):
+        prepared(source, tmp_path / "else")
     assert contents(tmp_path / "out") == before and not list((tmp_path / "else").iterdir())
 
 
-def test_nothing_held_out_is_said(tmp_path):
+def test_nothing_held_out_is_said(source, tmp_path, capsys):
     (tmp_path / "one.txt").write_text("\n".join(TEXTS))
-    source = write_as("jsonl", tmp_path / "many.jsonl", TEXTS)
-    tokens = f"--tokenizer={BUNDLED}"
-    one = run(f"--input={tmp_path}/one.txt", f"--out={tmp_path}/one", tokens)
-    assert one.returncode == 0
-    assert one.stdout.splitlines()[-1].startswith(
-        "nothing is held out of 1 documents, so train.py cannot evaluate"
-    )
-    asked = run(f"--input={tmp_path}/one.txt", f"--out={tmp_path}/asked", tokens, "--heldout_fraction=0.0")
-    many = run(f"--input={source}", f"--out={tmp_path}/many", tokens, "--heldout_fraction=0.2")
-    assert "nothing is held out" not in asked.stdout + many.stdout
+    words = "nothing is held out of 1 documents, so train.py cannot evaluate"
+    for path, fraction, said_so in (
+        (tmp_path / "one.txt", 0.02, True), (tmp_path / "one.txt", 0, False), (source, 0.2, False),
+    ):  # fmt: skip
+        prepared(path, tmp_path / "out", heldout_fraction=fraction)
+        assert (words in capsys.readouterr().out) == said_so
+        shutil.rmtree(tmp_path / "out")
 
 
-def test_killed_before_the_last_rename(tmp_path, monkeypatch):
-    source = write_as("jsonl", tmp_path / "a.jsonl", TEXTS)
+def test_killed_before_the_last_rename_and_after_it(source, tmp_path, monkeypatch):
     prepared(source, tmp_path / "straight")
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(Path, "rename", lambda *_: 1 / 0)
-        prepared(source, tmp_path / "out")
-    assert (tmp_path / "out.partial/shards/meta.json").is_file() and not (tmp_path / "out").exists()
-    prepared(source, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # and after it
-        patch.setattr(shutil, "rmtree", lambda *_: 1 / 0)
-        prepared(source, tmp_path / "late")
-    assert (tmp_path / "late.partial").is_dir()
-    prepared(source, tmp_path / "late")
-    assert contents(tmp_path / "late") == contents(tmp_path / "straight")
-    assert not (tmp_path / "late.partial").exists()
+    for name, owner, is_there in (("rename", Path, False), ("rmtree", shutil, True)):
+        out = tmp_path / name
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(owner, name, lambda *_: 1 / 0)
+            prepared(source, out)
+        assert Path(f"{out}.partial").is_dir() and out.exists() == is_there
+        prepared(source, out)
+        assert contents(out) == contents(tmp_path / "straight") and not Path(f"{out}.partial").exists()
 
 
-def test_units_that_are_there_are_not_made_again(tmp_path):
-    source = write_as("jsonl", tmp_path / "a.jsonl", [*TEXTS, 1])
-    with pytest.raises(ValueError, match="more than max_bad"):
-        prepared(source, tmp_path / "out", max_bad=0)
-    done = {file.stem.split("_")[1] for file in (tmp_path / "out.partial").glob("unit_*.json")}
-    files = [file for file in (tmp_path / "out.partial/shards").glob("*.npy") if file.stem[-5:] in done]
-    made = {file.name: file.stat().st_mtime_ns for file in files}
-    assert len(made) > 10
-    prepared(source, tmp_path / "out")
-    now = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.npy")}
-    assert made.items() < now.items()
-
-
-def test_two_writers_are_refused(tmp_path):
-    source = write_as("jsonl", tmp_path / "a.jsonl", TEXTS)
+def test_two_writers_are_refused(source, tmp_path):
     (tmp_path / "out.partial").mkdir()
     holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print(flush=True); input()"
-    command = [sys.executable, "-c", holder, str(tmp_path / "out.partial/lock")]
+    command = [sys.executable, "-S", "-c", holder, str(tmp_path / "out.partial/lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         with pytest.raises(ValueError, match=r"another process is writing .*out.partial"):
@@ -668,13 +625,9 @@ FAMILIES = {
     "smollm2": (SMOLLM2, "<|im_start|>", "<|im_end|>"),
 }
 SPECIAL = [
-    "<|begin_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<|im_start|>",
+    "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>",
     "<|im_end|>",
-]
+]  # fmt: skip
 CHATS = [
     [("user", "What is 1 + 1?"), ("assistant", "It is 2.")],
     [("system", "Brief!"), ("user", "Hi"), ("assistant", "Hello"), ("user", "🙂"), ("assistant", "日\n\n本")],
@@ -697,19 +650,20 @@ def said(family, chat):
     return "".join(turn + end for turn in turns)
 
 
-def chat_tokenizer(family, path):
-    template, bos, eos = FAMILIES[family]
+def chat_tokenizer(path, family="llama3", template=None):
+    """The bundled one with SPECIAL; its chat template the family's, or another."""
+    family_template, bos, eos = FAMILIES[family]
     tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     path.mkdir()
     tokenizer.save(str(path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos} | (
-        {"bos_token": bos} if bos else {}
-    )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
+    if bos:
+        config["bos_token"] = bos
     if family == "smollm2":
-        (path / "chat_template.jinja").write_text(template)
+        (path / "chat_template.jinja").write_text(template or family_template)
     else:
-        config["chat_template"] = template
+        config["chat_template"] = template or family_template
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return tokenizer
 
@@ -717,7 +671,7 @@ def chat_tokenizer(family, path):
 def family_tokenizer(family, real, path):
     """One with a template like the family's, or the family's own from TOKENIZERS/llama3, qwen or smollm2."""
     if not real:
-        return chat_tokenizer(family, path)
+        return chat_tokenizer(path, family)
     directory = Path(os.environ.get("TOKENIZERS", "tokenizers")) / family
     if not directory.is_dir():
         pytest.skip(f"no {directory}: give the families' own tokenizers as TOKENIZERS")
@@ -725,7 +679,11 @@ def family_tokenizer(family, real, path):
     return Tokenizer.from_file(str(directory / "tokenizer.json"))
 
 
-def write_chats(path, chats):
+def messages_of(chat):
+    return [{"role": role, "content": content} for role, content in chat]
+
+
+def rows_of(chats):
     """The first as `messages`, the next as `conversations`, and so on, in the two data sets' own shapes."""
     rows = []
     names = {"user": "human", "assistant": "gpt", "system": "system"}
@@ -733,9 +691,12 @@ def write_chats(path, chats):
         if i % 2:
             rows.append({"conversations": [{"from": names[r], "value": c} for r, c in chat], "source": None})
         else:
-            rows.append({"messages": [{"role": r, "content": c} for r, c in chat], "prompt": chat[0][1]})
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
+            rows.append({"messages": messages_of(chat), "prompt": chat[0][1]})
+    return rows
+
+
+def text_of(tokenizer, ids):
+    return tokenizer.decode(ids, skip_special_tokens=False)
 
 
 @pytest.mark.parametrize("real", [False, True])
@@ -743,26 +704,16 @@ def write_chats(path, chats):
 def test_sft_trains_on_the_assistants_turns_and_nothing_else(family, real, tmp_path):
     """With templates like the families', and with their own, from TOKENIZERS/llama3, qwen and smollm2."""
     tokenizer = family_tokenizer(family, real, tmp_path / "tokenizer")
-    source = write_chats(tmp_path / "chats.jsonl", CHATS)
-    options = {"tokenizer": tmp_path / "tokenizer", "heldout_fraction": 0}
-    meta = prepared(source, tmp_path / "sft", sft=True, **options)
-    assert meta["sft"] and meta["documents"]["tokens"] == len(CHATS) and not meta["bad"]
-    rows = documents_of(tmp_path / "sft", "tokens")
-    masks = documents_of(tmp_path / "sft", "mask")
+    rows = encoded(tmp_path / "tokenizer", rows_of(CHATS), sft=True)
     oracle = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    for i, chat in enumerate(CHATS):
-        tokens, mask = rows[i], masks[i] == 1
-        messages = [{"role": role, "content": content} for role, content in chat]
-        rendered = oracle.apply_chat_template(messages, tokenize=False)
-        assert tokenizer.decode(tokens, skip_special_tokens=False) == rendered
-        assert tokenizer.decode(tokens[mask], skip_special_tokens=False) == said(family, chat)
+    for i, (chat, (tokens, mask)) in enumerate(zip(CHATS, rows, strict=True)):
+        rendered = oracle.apply_chat_template(messages_of(chat), tokenize=False)
+        assert text_of(tokenizer, tokens) == rendered
+        assert text_of(tokenizer, tokens[mask == 1]) == said(family, chat)
         if i < 3:  # no token of the whole text's reaches over the edge of a turn
             assert tokens.tolist() == tokenizer.encode(rendered, add_special_tokens=False).ids
-
-    prepared(source, tmp_path / "packed", **options)
-    for column in ("tokens", "ends"):
-        packed, sft = (arrays_of(tmp_path / name, column) for name in ("packed", "sft"))
-        assert all(np.array_equal(a, b) for a, b in zip(packed, sft, strict=True))
+    packed = encoded(tmp_path / "tokenizer", rows_of(CHATS))
+    assert [ids.tolist() for ids, _ in packed] == [ids.tolist() for ids, _ in rows]
 
 
 LLAMA2 = """{% for m in messages %}{% if m.role == 'user' %}{{ '<s>[INST] ' + m.content + ' [/INST]' }}\
@@ -798,19 +749,18 @@ def test_a_tokenizer_that_puts_a_space_first(family, tmp_path, monkeypatch):
         [("user", "Hi Hi"), ("assistant", "Hi you")],
         [("user", "a"), ("assistant", "y"), ("user", "Hi"), ("assistant", "\nHi")],
     ]
-    source = write_chats(tmp_path / "chats.jsonl", chats)
-    prepared(source, tmp_path / "sft", sft=True, tokenizer=tmp_path / "tokenizer", heldout_fraction=0)
-    rows, masks = (documents_of(tmp_path / "sft", column) for column in ("tokens", "mask"))
+    rows = encoded(tmp_path / "tokenizer", rows_of(chats), sft=True)
     render = prepare.chat_template(tmp_path / "tokenizer")
-    for tokens, mask, chat in zip(rows, masks, chats, strict=True):
-        messages = [{"role": role, "content": content} for role, content in chat]
+    for (tokens, mask), chat in zip(rows, chats, strict=True):
+        messages = messages_of(chat)
         whole = tokenizer.encode(render(messages), add_special_tokens=False).ids
         assert tokens.tolist() == whole
         # What is generated goes on behind the prompt's last token.
         prompt = sample.encode_chat(tokenizer, render, messages[:1])
         assert tokens[: len(prompt)].tolist() == prompt
         assert not mask[: len(prompt)].any() and mask[len(prompt)] == 1
-    assert [tokenizer.id_to_token(i) for i in rows[0][masks[0] == 1]][:2] == ["▁Hi", "▁y"]
+    tokens, mask = rows[0]
+    assert [tokenizer.id_to_token(i) for i in tokens[mask == 1]][:2] == ["▁Hi", "▁y"]
 
     text = "Hi you\n" * 40
     expected = tokenizer.encode(text, add_special_tokens=False).ids
@@ -821,20 +771,18 @@ def test_a_tokenizer_that_puts_a_space_first(family, tmp_path, monkeypatch):
     assert "".join(map(streamer.add, tokenizer.encode("y Hi", add_special_tokens=False).ids)) == " y Hi"
 
 
-def test_sft_rows_are_cut_at_seq_len_and_stay_in_one_shard(tmp_path):
-    tokenizer = chat_tokenizer("llama3", tmp_path / "tokenizer")
+def test_sft_rows_are_cut_at_seq_len_and_stay_in_one_shard(source, tmp_path):
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer")
     never = [[("user", "long " * 200), ("assistant", "no")], [("user", "nobody answers")]]
-    source = write_chats(tmp_path / "chats.jsonl", [*CHATS, *never] * 5)
-    options = {"tokenizer": tmp_path / "tokenizer", "sft": True, "heldout_fraction": 0, "unit_bytes": 2000}
-    whole = prepared(source, tmp_path / "whole", seq_len=10_000, **options)
-    meta = prepared(source, tmp_path / "cut", seq_len=30, **options)
-    assert whole["filtered"] == 5 and meta["filtered"] == 10 and meta["bad"] == 0
-    assert len(meta["splits"]["tokens"]) > 5
-    rows = {name: [documents_of(tmp_path / name, c) for c in ("tokens", "mask")] for name in ("whole", "cut")}
-    long, cut = (list(zip(*rows[name], strict=True)) for name in ("whole", "cut"))
-    assert len(cut) == 25 and len(long) == 30
-    for i in range(25):
-        (tokens, mask), (whole_tokens, whole_mask) = cut[i], long[i // 5 * 6 + i % 5]
+    chats = write_rows(tmp_path / "chats.jsonl", rows_of([*CHATS, *never] * 5))
+    options = {"tokenizer": tmp_path / "tokenizer", "sft": True, "unit_bytes": 2000}
+    meta = prepared(chats, tmp_path / "cut", seq_len=30, **options)
+    assert meta["filtered"] == 10 and meta["bad"] == 0 and len(meta["splits"]["tokens"]) > 5
+    whole = encoded(tmp_path / "tokenizer", rows_of(CHATS), sft=True)
+    rows, masks = (documents_of(tmp_path / "cut", column) for column in ("tokens", "mask"))
+    assert len(rows) == 25
+    for i, (tokens, mask) in enumerate(zip(rows, masks, strict=True)):
+        whole_tokens, whole_mask = whole[i % 5]
         assert len(tokens) == min(30, len(whole_tokens)) and mask.any()
         assert np.array_equal(tokens, whole_tokens[:30]) and np.array_equal(mask, whole_mask[:30])
 
@@ -844,43 +792,31 @@ def test_sft_rows_are_cut_at_seq_len_and_stay_in_one_shard(tmp_path):
     assert batch.ids.shape == batch.labels.shape == batch.documents.shape == (6, 128)
     assert not batch.documents.any() and batch.source.tolist() == [0] * 6
     for row, i in enumerate(range(4, 10)):
-        tokens, mask = cut[mixture.place(i)[1]]
-        expected = [token if trained else -100 for token, trained in zip(tokens[1:], mask[1:], strict=True)]
-        assert batch.labels[row].tolist() == expected + [-100] * (128 - len(expected))
-        assert batch.ids[row].tolist() == tokens[:-1].tolist() + [0] * (128 - len(expected))
-        labels = batch.labels[row]
-        assert tokenizer.decode(tokens[1:][mask[1:] == 1]) == tokenizer.decode(labels[labels >= 0])
+        block = mixture.place(i)[1]
+        labels = np.where(masks[block] == 1, rows[block].astype(int), -100)[1:].tolist()
+        padding = 128 - len(labels)
+        assert batch.labels[row].tolist() == labels + [-100] * padding
+        assert batch.ids[row].tolist() == rows[block][:-1].tolist() + [0] * padding
     assert mixture.count_labels(4, 6) == (batch.labels != -100).sum()
-    for length in (128, 129):  # a row of one token more than ids
-        source = write_chats(tmp_path / f"{length}.jsonl", [[("user", "a"), ("assistant", "x = 1\n" * 200)]])
-        prepared(source, tmp_path / str(length), seq_len=length + 1, **options)
+    long = write_rows(tmp_path / "long.jsonl", rows_of([[("user", "a"), ("assistant", "x = 1\n" * 200)]]))
+    for length, padded in ((128, 128), (129, 256)):  # a row of one token more than ids
+        prepared(long, tmp_path / str(length), seq_len=length + 1, **options)
         mixture = Mixture({tmp_path / str(length): None}, "tokens", 0, seed=3, sft=True)
-        assert mixture.batch(0, 1).ids.shape == (1, 128 if length == 128 else 256)
+        assert mixture.batch(0, 1).ids.shape == (1, padded)
+    prepared(source, tmp_path / "packed")
     with pytest.raises(ValueError, match="not SFT rows"):
-        prepared(write_as("jsonl", tmp_path / "a.jsonl", TEXTS), tmp_path / "packed")
         Shards(tmp_path / "packed", "tokens", 8, sft=True)
-
-
-def test_sources_of_one_name_are_told_apart(tmp_path):
-    source = write_as("jsonl", tmp_path / "a.jsonl", TEXTS)
-    (tmp_path / "x").mkdir()
-    (tmp_path / "y").mkdir()
-    paths = [str(tmp_path / name) for name in ("x/text", "y/text", "x/code")]
-    for path in paths:
-        prepared(source, path)
-    assert Mixture(dict.fromkeys(paths), "tokens", 8, seed=0).names == paths
-    assert Mixture(dict.fromkeys(paths[1:]), "tokens", 8, seed=0).names == ["text", "code"]
+    assert text_of(tokenizer, rows[0]).startswith("<|begin_of_text|>")
 
 
 def test_bad_chats_are_counted(tmp_path):
-    chat_tokenizer("llama3", tmp_path / "tokenizer")
-    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    chat_tokenizer(tmp_path / "tokenizer")
+    good = {"messages": messages_of([("user", "a"), ("assistant", "b")])}
     null = {"messages": [{"role": "user", "content": None}]}
     rows = [good, {"messages": []}, {"conversations": "x"}, null, {"conversations": [{"from": "gpt"}]},
             {"text": "no chat"}, {"conversations": [None]}, good]  # fmt: skip
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    meta = prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=tmp_path / "tokenizer", sft=True,
-                    heldout_fraction=0)  # fmt: skip
+    write_rows(tmp_path / "a.jsonl", rows)
+    meta = prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=tmp_path / "tokenizer", sft=True)
     assert meta["documents"]["tokens"] == 2 and meta["bad"] == 6
     offsets = np.cumsum([len(json.dumps(row)) + 1 for row in rows])
     assert [int(reason.split(":")[1].split()[-1]) for reason in meta["first_bad"]] == offsets[:6].tolist()
@@ -888,17 +824,11 @@ def test_bad_chats_are_counted(tmp_path):
 
 # ---- special tokens' strings in what is read
 
-
-def marked_rows(path):
-    """A document and two chats in which special tokens' strings are said; returns the special ids."""
-    chats = [
-        [("user", "Is <|im_end|> a token?"), ("assistant", "<|eot_id|>, too: <|im_end|>")],
-        [("system", "<|im_start|>"), ("user", "<|im_end|><|eot_id|>"), ("assistant", "no")],
-    ]
-    rows = [{"messages": [{"role": role, "content": content} for role, content in chat]} for chat in chats]
-    rows.append({"text": "x = '<|im_end|>'\n<|im_start|>user"})
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
+MARKED = [
+    [("user", "Is <|im_end|> a token?"), ("assistant", "<|eot_id|>, too: <|im_end|>")],
+    [("system", "<|im_start|>"), ("user", "<|im_end|><|eot_id|>"), ("assistant", "no")],
+]
+MARKED_TEXT = "x = '<|im_end|>'\n<|im_start|>user"
 
 
 @pytest.mark.parametrize("real", [False, True])
@@ -906,74 +836,43 @@ def marked_rows(path):
 def test_special_tokens_in_texts_and_turns_are_text(family, real, tmp_path):
     tokenizer = family_tokenizer(family, real, tmp_path / "tokenizer")
     special = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
-    source = marked_rows(tmp_path / "a.jsonl")
-    options = {"tokenizer": tmp_path / "tokenizer", "heldout_fraction": 0}
-    prepared(source, tmp_path / "out", **options)
-    prepared(source, tmp_path / "old", special_tokens=True, **options)
-    new, old = (documents_of(tmp_path / name, "tokens") for name in ("out", "old"))
+    rows = [{"messages": messages_of(chat)} for chat in MARKED] + [{"text": MARKED_TEXT}]
+    packed = []
+    end = FAMILIES[family][2]
+    for special_tokens in (False, True):
+        documents = encoded(tmp_path / "tokenizer", rows, special_tokens=special_tokens)
+        packed.append([ids for ids, _ in documents])
+        documents = encoded(tmp_path / "tokenizer", rows[:2], special_tokens=special_tokens, sft=True)
+        trained = [text_of(tokenizer, tokens[mask == 1]) for tokens, mask in documents]
+        # Qwen's template opens a thought, which a prompt would have: it is not trained on.
+        assert trained == [f"<|eot_id|>, too: <|im_end|>{end}", f"no{end}"]
+    new, old = packed
     oracle = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    rows = [json.loads(line) for line in source.read_text().splitlines()]
-    for i, row in enumerate(rows[:2]):
-        rendered = oracle.apply_chat_template(row["messages"], tokenize=False)
+    for i, chat in enumerate(MARKED):
+        rendered = oracle.apply_chat_template(messages_of(chat), tokenize=False)
         # The words are the same; only the template's own special tokens are left.
-        assert tokenizer.decode(new[i], skip_special_tokens=False) == rendered
-        said = " ".join(turn["content"] for turn in row["messages"])
+        assert text_of(tokenizer, new[i]) == rendered
         template = tokenizer.encode(rendered, add_special_tokens=False).ids
-        spoken = tokenizer.encode(said, add_special_tokens=False).ids
+        spoken = tokenizer.encode(" ".join(text for _, text in chat), add_special_tokens=False).ids
         count = np.isin(template, special).sum() - np.isin(spoken, special).sum()
         assert np.isin(new[i], special).sum() == count > 0
         assert np.isin(old[i], special).sum() == np.isin(template, special).sum() > count
     bos, eos = prepare.special_ids(tokenizer, tmp_path / "tokenizer")
-    assert old[2].tolist() == [*bos, *tokenizer.encode(rows[2]["text"], add_special_tokens=False).ids, eos]
+    assert old[2].tolist() == [*bos, *tokenizer.encode(MARKED_TEXT, add_special_tokens=False).ids, eos]
     tokenizer.encode_special_tokens = True
-    assert new[2].tolist() == [*bos, *tokenizer.encode(rows[2]["text"], add_special_tokens=False).ids, eos]
-    with pytest.raises(ValueError, match="was begun with special_tokens = False, not True"):
-        prepared(source, tmp_path / "out", special_tokens=True, **options)
-
-
-@pytest.mark.parametrize("special_tokens", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_loss_mask_is_right_where_turns_say_special_tokens(family, special_tokens, tmp_path):
-    tokenizer = family_tokenizer(family, False, tmp_path / "tokenizer")
-    source = marked_rows(tmp_path / "a.jsonl")
-    meta = prepared(source, tmp_path / "sft", sft=True, tokenizer=tmp_path / "tokenizer", heldout_fraction=0,
-                    special_tokens=special_tokens)  # fmt: skip
-    assert meta["documents"]["tokens"] == 2 and meta["bad"] == 1  # the text is no chat
-    rows, masks = (documents_of(tmp_path / "sft", column) for column in ("tokens", "mask"))
-    end = FAMILIES[family][2]
-    trained = [
-        tokenizer.decode(tokens[mask == 1], skip_special_tokens=False)
-        for tokens, mask in zip(rows, masks, strict=True)
-    ]
-    # Qwen's template opens a thought, which a prompt would have: it is not trained on.
-    assert trained == [f"<|eot_id|>, too: <|im_end|>{end}", f"no{end}"]
+    assert new[2].tolist() == [*bos, *tokenizer.encode(MARKED_TEXT, add_special_tokens=False).ids, eos]
 
 
 def test_chats_are_held_out_by_what_the_template_writes(tmp_path):
     """So by nothing of how the turns are found in it."""
-    chat_tokenizer("smollm2", tmp_path / "tokenizer")
+    chat_tokenizer(tmp_path / "tokenizer", "smollm2")
     chats = [[("user", f"{i} <|im_end|>"), ("assistant", f"{i}\n")] for i in range(40)]
-    source = write_chats(tmp_path / "chats.jsonl", chats)
-    meta = prepared(source, tmp_path / "out", tokenizer=tmp_path / "tokenizer", heldout_fraction=0.3)
     oracle = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    texts = [
-        oracle.apply_chat_template([{"role": role, "content": text} for role, text in chat], tokenize=False)
-        for chat in chats
-    ]
-    held = [text for text in texts if prepare.split_of(text, 0.3) == "heldout"]
-    assert meta["documents"] == {"tokens": 40 - len(held), "heldout": len(held)}
-    rows = documents_of(tmp_path / "out", "tokens", "heldout")
-    assert [oracle.decode(row, skip_special_tokens=False) for row in rows] == held != []
-
-
-def test_a_template_whose_turns_do_not_end_is_refused(tmp_path):
-    chat_tokenizer("llama3", tmp_path / "tokenizer")
-    config = json.loads((tmp_path / "tokenizer/tokenizer_config.json").read_text())
-    config["chat_template"] = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(config))
-    source = write_chats(tmp_path / "chats.jsonl", CHATS[1:2])
-    with pytest.raises(ValueError, match="template ends an assistant's turn without a special token"):
-        prepared(source, tmp_path / "out", tokenizer=tmp_path / "tokenizer", sft=True, max_bad=0)
+    texts = [oracle.apply_chat_template(messages_of(chat), tokenize=False) for chat in chats]
+    encoder = prepare.Encoder(SETTINGS | {"tokenizer": tmp_path / "tokenizer", "heldout_fraction": 0.3})
+    splits = [encoder.row(row, Path("a.jsonl"))[0] for row in rows_of(chats)]
+    assert splits == ["heldout" if is_held_out(text, 0.3) else "tokens" for text in texts]
+    assert 0 < splits.count("heldout") < 40
 
 
 # ---- readers
@@ -983,22 +882,14 @@ def test_a_template_whose_turns_do_not_end_is_refused(tmp_path):
 def corpora(tmp_path_factory):
     """Two packed corpora, of many small and of few long documents, in several shards each."""
     work = tmp_path_factory.mktemp("corpora")
-    for name, texts in {
-        "many": TEXTS,
-        "few": ["\n".join(TEXTS[i : i + 30]) for i in range(0, 90, 30)],
-    }.items():
-        source = write_as("jsonl", work / f"{name}.jsonl", texts)
-        prepared(source, work / name, heldout_fraction=0, unit_bytes={"many": 4000, "few": 12_000}[name])
+    few = ["\n".join(TEXTS[i : i + 30]) for i in range(0, 90, 30)]
+    for name, texts, unit_bytes in (("many", TEXTS, 4000), ("few", few, 12_000)):
+        prepared(write_as("jsonl", work / f"{name}.jsonl", texts), work / name, unit_bytes=unit_bytes)
     return work
 
 
 def test_permutation_visits_everything_once():
-    sizes = [
-        *range(1, 301),
-        *range(301, 10_000, 487),
-        *(4**k + d for k in (5, 6) for d in (-1, 0, 1)),
-        10_000,
-    ]
+    sizes = [*range(1, 129), *(4**k + d for k in (4, 5, 6) for d in (-1, 0, 1)), 10_000]
     for n in sizes:
         assert sorted(permute(i, n, seed=n) for i in range(n)) == list(range(n)), n
     far = 10**12
@@ -1019,7 +910,7 @@ def test_an_order_costs_no_time_and_no_memory(corpora):
         mixture.place(i * 10**9)
     assert (time.perf_counter() - begun) / 100 < 0.009
     tracemalloc.start()
-    for i in range(2000):
+    for i in range(500):
         mixture.place(i)
     assert tracemalloc.get_traced_memory()[0] < 10_000
     tracemalloc.stop()
@@ -1064,94 +955,74 @@ def test_mixture_takes_each_budget_and_repeats_only_what_is_used_up(corpora, bud
     assert [other.place(i) for i in range(50)] != places[:50]
 
 
+def test_sources_of_one_name_are_told_apart(corpora, tmp_path):
+    paths = [str(tmp_path / name) for name in ("x/text", "y/text", "x/code")]
+    for path in paths:
+        shutil.copytree(corpora / "few", path)
+    assert Mixture(dict.fromkeys(paths), "tokens", 8, seed=0).names == paths
+    assert Mixture(dict.fromkeys(paths[1:]), "tokens", 8, seed=0).names == ["text", "code"]
+
+
 def test_documents_tell_where_each_token_belongs(corpora):
     for name in ("many", "few"):
         mixture = Mixture({corpora / name: None}, "tokens", 64, seed=1)
-        several = 0
-        for start in range(0, mixture.total, 8):
-            count = min(8, mixture.total - start)
-            batch = mixture.batch(start, count)
-            assert batch.documents.shape == batch.ids.shape == (count, 64)
-            ended = batch.ids == 0  # the EOS is its document's last token
-            assert np.array_equal(batch.documents, np.cumsum(ended, axis=1) - ended)
-            several += (batch.documents[:, -1] > 0).sum()
-        assert several > 0
+        batch = mixture.batch(0, mixture.total)
+        assert batch.documents.shape == batch.ids.shape == (mixture.total, 64)
+        ended = batch.ids == 0  # the EOS is its document's last token
+        assert np.array_equal(batch.documents, np.cumsum(ended, axis=1) - ended)
+        assert (batch.documents[:, -1] > 0).any()
 
 
-def test_more_shards_than_a_process_may_open(tmp_path):
-    """A soft limit of 400 open files, as 1024 is where FineWeb-Edu makes thousands of shards."""
-    prepared(
-        write_as("jsonl", tmp_path / "a.jsonl", TEXTS * 4),
-        tmp_path / "out",
-        unit_bytes=100,
-        heldout_fraction=0,
-    )
-    script = f"""
-import resource
-from prepare import Mixture
-resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))
-mixture = Mixture({{{str(tmp_path / "out")!r}: None}}, "tokens", 16, seed=0)
-print(len(mixture.sources[0].shards), sum(int(mixture.batch(i, 1).ids.sum()) for i in range(mixture.total)))
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    arrays = arrays_of(tmp_path / "out", "tokens")
-    expected = sum(int(a[: (len(a) - 1) // 16 * 16].sum(dtype=np.int64)) for a in arrays)
-    assert [int(word) for word in done.stdout.split()] == [len(arrays), expected] and len(arrays) > 400
-
-
-def test_shards_of_earlier_versions_are_read(corpora, tmp_path):
-    """Written by hand as prepare.py wrote them before work units: a document goes on in the next shard."""
-    tokens = np.arange(1, 61, dtype=np.uint16)
+def test_more_shards_than_a_process_may_open(corpora, tmp_path):
+    """As of FineWeb-Edu's thousands and 1024 open files; and a document can go on in the next shard, as
+    prepare.py wrote them before work units."""
+    tokens = np.arange(1, 6001, dtype=np.uint16)
     entries = []
-    for number, ends in enumerate(([10, 25], [15])):
-        np.save(tmp_path / f"tokens_{number:05d}.npy", tokens[number * 30 : number * 30 + 30])
-        np.save(tmp_path / f"ends_{number:05d}.npy", np.array(ends))
-        entries.append(
-            {"file": f"tokens_{number:05d}.npy", "tokens": 30, "documents": len(ends), "sha256": {}}
-        )
+    for number, part in enumerate(np.split(tokens, 200)):
+        np.save(tmp_path / f"tokens_{number:05d}.npy", part)
+        ends = np.array([[10, 25], [15]][number % 2])
+        np.save(tmp_path / f"ends_{number:05d}.npy", ends)
+        name = f"tokens_{number:05d}.npy"
+        entries.append({"file": name, "tokens": 30, "documents": len(ends), "sha256": {}})
     meta = json.loads((corpora / "many/meta.json").read_text())
     meta["splits"] = {"tokens": entries, "heldout": []}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    mixture = Mixture({tmp_path: None}, "tokens", 8, seed=0)
-    assert mixture.total == 6
-    batch = mixture.batch(0, 6)
-    for ids, labels, documents in zip(batch.ids, batch.labels, batch.documents, strict=True):
-        first = ids[0]
-        assert ids.tolist() == list(range(first, first + 8)) and labels.tolist() == list(
-            range(first + 1, first + 9)
-        )
-        changes = [token for token in ids[1:] if documents[token - first] != documents[token - first - 1]]
-        assert changes == [token for token in ids[1:] if token in (11, 26, 46)]
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (380, limit[1]))
+    try:
+        mixture = Mixture({tmp_path: None}, "tokens", 8, seed=0)
+        batch = mixture.batch(0, mixture.total)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert mixture.total == 600
+    assert np.array_equal(batch.ids, batch.ids[:, :1] + np.arange(8))
+    assert np.array_equal(batch.labels, batch.ids + 1)
+    ends = [10, 25, 45]  # in every 60 tokens
+    begun = np.isin(batch.ids[:, 1:] % 60, [end + 1 for end in ends])
+    assert np.array_equal(np.diff(batch.documents, axis=1) == 1, begun)
 
 
 def test_a_damaged_directory_is_named(corpora, tmp_path):
     shutil.copytree(corpora / "many", tmp_path / "many")
-    done = run(f"--inspect={tmp_path}/many")
+    done = run("prepare.py", f"--inspect={tmp_path}/many")
     assert done.returncode == 0, done.stderr
-    assert (
-        "150 documents" in done.stdout
-        and f"{corpora}/many.jsonl" in done.stdout
-        and "def f(x)" in done.stdout
-    )
-    for name in ("tokens_00001.npy", "ends_00000.npy"):
-        file = tmp_path / "many" / name
+    for words in ("150 documents", f"{corpora}/many.jsonl", "def f(x)"):
+        assert words in done.stdout
+    for i, name in enumerate(("tokens_00001.npy", "ends_00000.npy")):
+        shutil.copytree(corpora / "many", tmp_path / str(i))
+        file = tmp_path / str(i) / name
         data = bytearray(file.read_bytes())
         data[-3] ^= 1
         file.write_bytes(data)
-        done = run(f"--inspect={tmp_path}/many")
-        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(
-            f"error: {file} is missing or damaged"
-        )
-        file.write_bytes((corpora / "many" / name).read_bytes()[:-2])
+        with pytest.raises(ValueError, match=f"^{file} is missing or damaged"):
+            prepare.describe(tmp_path / str(i))
+        file.write_bytes(data[:-2])
         with pytest.raises(ValueError, match=f"{name} is truncated"):
-            Shards(tmp_path / "many", "tokens", 16)
-        shutil.copy(corpora / "many" / name, file)
+            Shards(tmp_path / str(i), "tokens", 16)
     length = len(arrays_of(corpora / "many", "tokens")[0])
     np.save(tmp_path / "many/tokens_00000.npy", np.zeros(1999, np.uint16))
-    with pytest.raises(
-        ValueError, match=rf"tokens_00000.npy holds \(1999,\) uint16; meta.json says \({length},\)"
-    ):
+    wrong = rf"tokens_00000.npy holds \(1999,\) uint16; meta.json says \({length},\)"
+    with pytest.raises(ValueError, match=wrong):
         Shards(tmp_path / "many", "tokens", 16)
     with pytest.raises(ValueError, match="not one block of seq_len 16"):
         Shards(corpora / "many", "heldout", 16)
@@ -1224,141 +1095,63 @@ def rows_with_calls(arguments=None):
     return [{"messages": messages, "tools": TOOLS} for messages in (chat, empty, null)]
 
 
-def tokenizer_with(template, path):
-    tokenizer = chat_tokenizer("llama3", path)
-    config = json.loads((path / "tokenizer_config.json").read_text())
-    (path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
-    return tokenizer
-
-
 @pytest.mark.parametrize("kind", CALLS)
 def test_tool_calls_are_trained_on_and_what_tools_say_is_not(kind, tmp_path):
-    tokenizer = tokenizer_with(CALLS[kind], tmp_path / "tokenizer")
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", template=CALLS[kind])
     rows = rows_with_calls()
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = {"tokenizer": tmp_path / "tokenizer", "heldout_fraction": 0}
-    meta = prepared(tmp_path / "a.jsonl", tmp_path / "sft", sft=True, **options)
-    assert not meta["bad"]
     oracle = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     rendered = [oracle.apply_chat_template(row["messages"], tools=TOOLS, tokenize=False) for row in rows]
-    found = documents_of(tmp_path / "sft", "tokens")
-    assert [tokenizer.decode(tokens, skip_special_tokens=False) for tokens in found] == rendered
-    for tokens, mask in zip(found, documents_of(tmp_path / "sft", "mask"), strict=True):
-        assert tokenizer.decode(tokens[mask == 1], skip_special_tokens=False) == "".join(SAID[kind])
+    found = encoded(tmp_path / "tokenizer", rows, sft=True)
+    assert [text_of(tokenizer, tokens) for tokens, _ in found] == rendered
+    plain = oracle.apply_chat_template(rows_with_calls({})[0]["messages"], tools=[], tokenize=False)
+    marks = ["<|im_start|>", "<|im_end|>"] * ("behind" in kind) + re.findall(r"<\|\w+\|>", plain)
+    for tokens, mask in found:
+        assert text_of(tokenizer, tokens[mask == 1]) == "".join(SAID[kind])
         # What a tool or a call spells out is no special token.
-        special = [tokenizer.id_to_token(i) for i in tokens if tokenizer.id_to_token(i) in SPECIAL]
-        marks = re.findall(r"<\|\w+\|>", oracle.apply_chat_template(
-            rows_with_calls({})[0]["messages"], tools=TOOLS[:0], tokenize=False))  # fmt: skip
-        assert special == (["<|im_start|>", "<|im_end|>"] * ("behind" in kind)) + marks
+        assert [name for name in map(tokenizer.id_to_token, tokens) if name in SPECIAL] == marks
     # The text is as transformers renders it where nothing is trained on, too.
-    prepared(tmp_path / "a.jsonl", tmp_path / "packed", **options)
-    packed = documents_of(tmp_path / "packed", "tokens")
-    assert [tokenizer.decode(tokens, skip_special_tokens=False) for tokens in packed] == rendered
+    assert [text_of(tokenizer, ids) for ids, _ in encoded(tmp_path / "tokenizer", rows)] == rendered
 
 
 def test_tools_and_arguments_can_be_json_text(tmp_path):
-    tokenizer_with(CALLS["behind the content"], tmp_path / "tokenizer")
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", template=CALLS["behind the content"])
     rows = [row | {"tools": json.dumps(TOOLS)} for row in rows_with_calls()]
     rows += rows_with_calls(json.dumps(CALL["function"]["arguments"]))
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=tmp_path / "tokenizer", sft=True,
-             heldout_fraction=0, special_tokens=True)  # fmt: skip
     oracle = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    for row, tokens in zip(rows, documents_of(tmp_path / "out", "tokens"), strict=True):
+    found = encoded(tmp_path / "tokenizer", rows, sft=True, special_tokens=True)
+    for row, (tokens, _) in zip(rows, found, strict=True):
         right = oracle.apply_chat_template(row["messages"], tools=TOOLS, tokenize=False)
-        assert oracle.decode(tokens) == right
+        assert text_of(tokenizer, tokens) == right
 
 
 def test_rows_of_parquet_give_the_ids_of_the_same_rows_of_json_lines(tmp_path):
     """Arrow gives every struct of a column all keys, and null where a row had none, within tool_calls too."""
-    tokenizer_with(CALLS["behind the content"], tmp_path / "tokenizer")
+    chat_tokenizer(tmp_path / "tokenizer", template=CALLS["behind the content"])
     rows = rows_with_calls({"of": "items"}) + rows_with_calls({"unit": "m", "deep": {"a": 1}})
-    rows += [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
-    for row in rows[:6]:
+    for row in rows:
         row["tools"] = [{"name": "count"}, {"name": "name", "strict": True}]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows.append({"messages": messages_of([("user", "a"), ("assistant", "b")])})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    found = []
-    for kind in ("jsonl", "parquet"):
-        meta = prepared(tmp_path / f"a.{kind}", tmp_path / kind, tokenizer=tmp_path / "tokenizer", sft=True,
-                        heldout_fraction=0)  # fmt: skip
-        assert meta["bad"] == 0
-        found.append(
-            [[array.tolist() for array in documents_of(tmp_path / kind, c)] for c in ("tokens", "mask")]
-        )
-    assert found[0] == found[1] and len(found[0][0]) == 7
+    expected = encoded(tmp_path / "tokenizer", rows, sft=True)
+    found = encoded(tmp_path / "tokenizer", read(tmp_path / "a.parquet"), sft=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.array_equal(ours, theirs)
 
 
 def test_chats_that_cannot_be_masked_are_refused_with_the_reason(tmp_path):
     template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content or m.tool_calls[0].function.name }}\n{% endfor %}"
     )
-    tokenizer_with(template, tmp_path / "tokenizer")
-    plain = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rows = [
-        rows_with_calls()[0],
-        {"messages": plain, "tools": "{"},
-        {"messages": plain, "tools": {"name": "count"}},
-        {"messages": plain, "tools": ["count"]},
-        {"messages": [plain[0], {"role": "assistant", "content": None}]},
-        {"messages": [{"role": "tool", "content": None}, plain[1]]},
-    ]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"messages": plain[:1]}])))
-    with pytest.raises(ValueError, match="the input holds no text to train on"):
-        prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=tmp_path / "tokenizer", sft=True)
-    encoder = prepare.Encoder(
-        {"tokenizer": tmp_path / "tokenizer", "sft": True, "min_score": None, "seq_len": 9}
-    )
-    words = ["do not show the bounds of a turn of tool calls", "Expecting", "no list", "no list",
-             "without text", "without text"]  # fmt: skip
-    for row, reason in zip(rows, words, strict=True):
+    chat_tokenizer(tmp_path / "tokenizer", template=template)
+    user, assistant = plain = messages_of([("user", "a"), ("assistant", "b")])
+    for row, reason in (
+        ({"messages": plain + plain}, "the template ends an assistant's turn without a special token"),
+        (rows_with_calls()[0], "do not show the bounds of a turn of tool calls"),
+        ({"messages": plain, "tools": "{"}, "Expecting"),
+        ({"messages": plain, "tools": {"name": "count"}}, "no list"),
+        ({"messages": plain, "tools": ["count"]}, "no list"),
+        ({"messages": [user, {"role": "assistant", "content": None}]}, "without text"),
+        ({"messages": [{"role": "tool", "content": None}, assistant]}, "without text"),
+    ):
         with pytest.raises(ValueError, match=f"^chat: .*({reason})"):
-            encoder.row(row, tmp_path / "a.jsonl")
-
-
-# ---- input files
-
-
-@pytest.mark.parametrize("compress", [bytes, gzip.compress, zstandard.compress])
-def test_a_byte_order_mark_is_no_content(compress, tmp_path):
-    bom = b"\xef\xbb\xbf"
-    rows = [{"text": text} for text in TEXTS[:3]]
-    contents = {
-        "array.json": bom + json.dumps(rows).encode(),
-        "indented.json": bom + b" \n" + json.dumps(rows, indent=1).encode(),
-        "rows.json": bom + lines(TEXTS[:3]),
-        "rows.jsonl": bom + lines(TEXTS[:3]),
-        "text.txt": bom + TEXTS[0].encode(),
-        "code.py": bom + TEXTS[0].encode(),
-    }
-    ending = {gzip.compress: ".gz", zstandard.compress: ".zst"}.get(compress, "")
-    for name, content in contents.items():
-        (tmp_path / f"{name}{ending}").write_bytes(compress(content))
-        meta = prepared(tmp_path / f"{name}{ending}", tmp_path / name.replace(".", "_"), heldout_fraction=0)
-        expected = TEXTS[:1] if name in ("text.txt", "code.py") else TEXTS[:3]
-        assert texts_of(tmp_path / name.replace(".", "_")) == expected and not meta["bad"]
-    # Within a text it is content.
-    (tmp_path / "b.txt").write_bytes(b"a" + bom + b"b")
-    prepared(tmp_path / "b.txt", tmp_path / "b", heldout_fraction=0)
-    assert texts_of(tmp_path / "b") == ["a\ufeffb"]
-
-
-def test_what_exists_is_no_glob(tmp_path):
-    directory = tmp_path / "corpus [v2]*?"
-    directory.mkdir()
-    (tmp_path / "corpus v").mkdir()
-    write_as("jsonl", directory / "a[1].jsonl", ["brackets"])
-    write_as("jsonl", directory / "a1.jsonl", ["none"])
-    write_as("jsonl", tmp_path / "corpus v/a1.jsonl", ["other"])
-    inputs = {
-        f"{directory}/a[1].jsonl": ["brackets"],
-        f"{directory}/a1.jsonl": ["none"],
-        f"{directory}/*.jsonl": ["none", "brackets"],
-        f"{directory}/**/a[[]1].jsonl": ["brackets"],
-        f"{tmp_path}/corpus [v]/*.jsonl": ["other"],
-    }
-    for i, (pattern, expected) in enumerate(inputs.items()):
-        prepared(pattern, tmp_path / str(i), heldout_fraction=0)
-        assert texts_of(tmp_path / str(i)) == expected, pattern
-    with pytest.raises(ValueError, match="matches no file"):
-        prepared(str(directory), tmp_path / "none")
+            encoded(tmp_path / "tokenizer", [row], sft=True)

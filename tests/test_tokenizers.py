@@ -5,12 +5,12 @@ BOS and EOS are by prepare.py's rule: what the tokenizer itself puts before a te
 
 import json
 import os
+import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import BUNDLED, run
-from test_prepare import sentencepiece_tokenizer
+from conftest import BUNDLED
+from test_prepare import encoded, messages_of, prepared, sentencepiece_tokenizer
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, __version__
 
@@ -25,7 +25,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEXTS = [
-    "count 0", "", " leads", "trails ", "def f(x):\n    return x\n\n", "ünï 日本 🙂", "a  b\t\tc", "\n\nline",
+    "count 0", " leads", "trails ", "def f(x):\n    return x\n\n", "ünï 日本 🙂", "a  b\t\tc", "\n\nline",
     "x = '<|nothing|>'", "é" * 50 + "e\u0301",
 ]  # fmt: skip
 CHATS = [
@@ -61,11 +61,9 @@ def make(path, in_json=MARKS, special=True, post=None, config=None, **files):
         tokenizer.post_processor = post
     tokenizer.save(str(path / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|im_end|>",
-        "chat_template": CHATML,
-    }
-    settings |= config or {}
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": CHATML,
+        **(config or {}),
+    }  # fmt: skip
     settings = {name: value for name, value in settings.items() if value != "left out"}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     for name, value in files.items():
@@ -145,41 +143,36 @@ KINDS = {
 }  # fmt: skip
 
 
-def shards_of(path, out, rows, **options):
-    source = out.with_suffix(".jsonl")
-    source.write_text("\n".join(map(json.dumps, rows)))
-    prepare.write_shards(str(source), out, str(path), heldout_fraction=0.0, num_workers=1, **options)
-    ids = np.concatenate([np.load(file) for file in sorted(out.glob("tokens_*.npy"))])
-    ends = np.concatenate([np.load(file) for file in sorted(out.glob("ends_*.npy"))])
-    return [part.tolist() for part in np.split(ids, ends[:-1])]
+def ids_of(path, rows, **settings):
+    return [ids.tolist() for ids, _ in encoded(path, rows, **settings)]
 
 
-def messages(chat):
-    return [{"role": role, "content": content} for role, content in chat]
-
-
-def agree(path, tmp_path):
-    """Our ids of the texts and the chats are AutoTokenizer's."""
+def agree(path):
+    """Our ids of the texts and the chats, and our special tokens, are AutoTokenizer's."""
     oracle = AutoTokenizer.from_pretrained(path)
     expected = []
-    for text in filter(None, TEXTS):
+    for text in TEXTS:
         ids = oracle(text)["input_ids"]
         if ids[-1] != oracle.eos_token_id and oracle.eos_token_id is not None:
             ids.append(oracle.eos_token_id)
         expected.append(ids)
-    assert shards_of(path, tmp_path / "texts", [{"text": text} for text in TEXTS]) == expected
+    assert ids_of(path, [{"text": text} for text in TEXTS]) == expected
+    ours = prepare.load_tokenizer(path).get_added_tokens_decoder()
+    special, theirs = (
+        {token.content for token in tokens.values() if token.special}
+        for tokens in (ours, oracle.added_tokens_decoder)
+    )
+    assert special == theirs
     if oracle.chat_template is None:
         return
-    chats = [messages(chat) for chat in CHATS]
-    expected = [oracle.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
-    rows = [{"messages": chat} for chat in chats]
-    assert shards_of(path, tmp_path / "chats", rows) == expected
-    assert shards_of(path, tmp_path / "sft", rows, sft=True) == expected
+    rows = [{"messages": messages_of(chat)} for chat in CHATS]
+    expected = [oracle.apply_chat_template(row["messages"], return_dict=True)["input_ids"] for row in rows]
+    assert ids_of(path, rows) == ids_of(path, rows, sft=True) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_made_directory_gives_the_ids_of_transformers(kind, tmp_path):
-    agree(make(tmp_path / "tokenizer", **KINDS[kind]), tmp_path)
+    agree(make(tmp_path / "tokenizer", **KINDS[kind]))
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -188,38 +181,13 @@ def test_a_made_tokenizer_of_llamas_class(family, legacy, tmp_path):
     """transformers 5 makes its parts anew, whatever tokenizer.json has."""
     path = tmp_path / "tokenizer"
     sentencepiece_tokenizer(path, family)
-    config = json.loads((path / "tokenizer_config.json").read_text()) | {"chat_template": CHATML}
-    config |= {
-        "tokenizer_class": "LlamaTokenizer",
-        "legacy": legacy,
-        "bos_token": "<s>",
-        "unk_token": "<unk>",
-    }
-    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "bos_token": "<s>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config | {"unk_token": "<unk>"}))
     oracle = AutoTokenizer.from_pretrained(path)
     texts = ["Hi you", " Hi", "  Hi", "Hi\n Hi"]
     expected = [[*oracle(text)["input_ids"], oracle.eos_token_id] for text in texts]
-    assert shards_of(path, tmp_path / "texts", [{"text": text} for text in texts]) == expected
-
-
-def test_special_tokens_are_those_of_transformers(tmp_path):
-    """A name makes a token special, and added_tokens.json, which has no flags, takes none away."""
-    kinds = (
-        "EOS without its flag",
-        "some of them there",
-        "tokens of the model's own",
-        "EOS of the vocabulary alone",
-    )
-    for kind in kinds:
-        path = make(tmp_path / kind, **KINDS[kind])
-        ours, theirs = (
-            {token.content for token in tokens.values() if token.special}
-            for tokens in (
-                prepare.load_tokenizer(path).get_added_tokens_decoder(),
-                AutoTokenizer.from_pretrained(path).added_tokens_decoder,
-            )
-        )
-        assert ours == theirs, kind
+    assert ids_of(path, [{"text": text} for text in texts]) == expected
 
 
 REFUSED = {
@@ -246,15 +214,17 @@ def test_what_contradicts_itself_is_one_line_before_any_work(kind, tmp_path):
     made, words = REFUSED[kind]
     path = make(tmp_path / "tokenizer", **made)
     (tmp_path / "a.txt").write_text("count 0")
-    done = run("prepare.py", f"--input={tmp_path}/a.txt", f"--tokenizer={path}", f"--out={tmp_path}/out")
-    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert not list(tmp_path.glob("out*"))
+    with pytest.raises(ValueError, match=re.escape(words)) as refusal:
+        prepared(tmp_path / "a.txt", tmp_path / "out", tokenizer=path)
+    assert "\n" not in str(refusal.value) and not list(tmp_path.glob("out*"))
 
 
 def test_no_eos_is_said(tmp_path, capsys):
     path = make(tmp_path / "tokenizer", config={"eos_token": None})
-    assert shards_of(path, tmp_path / "out", [{"text": "count 0"}]) == [[1806, 288]]
+    (tmp_path / "a.txt").write_text("count 0")
+    assert prepared(tmp_path / "a.txt", tmp_path / "out", tokenizer=path)["eos_id"] is None
     assert "names no EOS" in capsys.readouterr().err
+    assert ids_of(path, [{"text": "count 0"}]) == [[1806, 288]]
 
 
 def test_byte_order_marks_in_a_directory_are_no_content(tmp_path):
@@ -265,8 +235,8 @@ def test_byte_order_marks_in_a_directory_are_no_content(tmp_path):
         (path / "chat_template.jinja").write_text(CHATML)
     for file in paths[1].iterdir():
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-    rows = [{"messages": messages(chat)} for chat in CHATS]
-    plain, marked = (shards_of(path, path.with_suffix(".out"), rows, sft=True) for path in paths)
+    rows = [{"messages": messages_of(chat)} for chat in CHATS]
+    plain, marked = (ids_of(path, rows, sft=True) for path in paths)
     assert plain == marked and len(plain) == 5
 
 
@@ -276,20 +246,20 @@ def test_a_row_with_tools_takes_the_template_for_tools(tmp_path):
     (path / "additional_chat_templates").mkdir()
     (path / "additional_chat_templates/tool_use.jinja").write_text("{{ tools | tojson }}" + CHATML)
     oracle = AutoTokenizer.from_pretrained(path)
-    chat = messages(CHATS[0])
+    chat = messages_of(CHATS[0])
     given = [None, [], [{"name": "count"}]]
     expected = [
         oracle.apply_chat_template(chat, tools=tools, return_dict=True)["input_ids"] for tools in given
     ]
     assert len(set(map(len, expected))) == 3
     rows = [{"messages": chat, "tools": tools} for tools in given]
-    assert shards_of(path, tmp_path / "out", rows) == expected
+    assert ids_of(path, rows) == expected
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen", "smollm2", "llama2"])
-def test_the_families_own_tokenizers_give_the_ids_of_transformers(family, tmp_path):
+def test_the_families_own_tokenizers_give_the_ids_of_transformers(family):
     """From TOKENIZERS/llama3 and so on."""
     path = Path(os.environ.get("TOKENIZERS", "tokenizers")) / family
     if not path.is_dir():
         pytest.skip(f"no {path}: give the families' own tokenizers as TOKENIZERS")
-    agree(path, tmp_path)
+    agree(path)
