@@ -55,6 +55,14 @@ REFERENCE_NAMES = {
 }
 
 
+def reference_name(ours: str) -> str:
+    """Of a trained tensor, its name in the authors' checkpoints."""
+    if not ours.startswith("layers."):
+        return f"{REFERENCE_NAMES[ours]}.weight"
+    _, i, name = ours.split(".", 2)
+    return f"model.layers.{i}.{REFERENCE_NAMES[name]}.weight"
+
+
 def reference_files(path: Path) -> list[Path]:
     """The weight files of a checkpoint of the authors' code, none where `path` is something else."""
     files = [path] if path.is_file() else []
@@ -85,8 +93,7 @@ def load_reference(files: list[Path], teacher: str) -> LowRankClone:
         clone = LowRankClone(frozen, student)
     trained, names, shapes = clone.trained(), {}, {}
     for ours, parameter in trained.items():
-        _, i, name = ours.split(".", 2) if ours.startswith("layers.") else ("", "", ours)
-        names[ours] = f"model.layers.{i}." * bool(i) + f"{REFERENCE_NAMES[name]}.weight"
+        names[ours] = reference_name(ours)
         # projections are stored as they multiply, many as P^T; d_S < d_T tells which
         shape = tuple(parameter.shape)
         shapes[names[ours]] = shape if found.get(names[ours], (None, shape))[1] == shape else shape[::-1]
