@@ -297,7 +297,8 @@ def test_bigbench_is_scored_by_the_likelihoods_of_transformers(clones, teacher, 
                 expected.append(logits.log_softmax(-1)[range(len(choice)), choice].sum().item())
             ours = evaluate.log_likelihoods(convert.load_model(path), start, choices)
             assert ours == pytest.approx(expected, rel=1e-4)
-            means = [value / len(choice) for value, choice in zip(expected, scores, strict=True)]
+            # per byte of the choice and its space
+            means = [value / (1 + len(choice)) for value, choice in zip(expected, scores, strict=True)]
             for i, likelihoods in enumerate((expected, means)):
                 right[i] += [*scores.values()][likelihoods.index(max(likelihoods))] / 3
         result = lines[step // 2]["results"]["sums"]

@@ -159,12 +159,12 @@ def score_model(llama: Llama, tokenizer_dir: str, questions: list[tuple[str, dic
     bos, _ = special_ids(tokenizer, tokenizer_dir)
     right = {"accuracy": [], "accuracy_per_byte": []}
     for text, scores in tqdm(questions, desc=desc, unit="question", leave=False):
-        # A space at the text's end goes to the choices, whose first token begins with it.
-        ids = bos + encode_text(tokenizer, text.rstrip(" "))
-        space = " " * text.endswith(" ")
-        choices = [encode_text(tokenizer, space + choice, goes_on=True) for choice in scores]
-        sums = log_likelihoods(llama, ids, choices)
-        means = [value / max(1, len(choice.encode())) for value, choice in zip(sums, scores, strict=True)]
+        # White space at the text's end goes to the choices, whose first token may begin with it.
+        stem = text.rstrip()
+        choices = [text[len(stem) :] + choice for choice in scores]
+        ids = [encode_text(tokenizer, choice, goes_on=True) for choice in choices]
+        sums = log_likelihoods(llama, bos + encode_text(tokenizer, stem), ids)
+        means = [value / max(1, len(choice.encode())) for value, choice in zip(sums, choices, strict=True)]
         for name, likelihoods in zip(right, (sums, means), strict=True):
             right[name].append([*scores.values()][likelihoods.index(max(likelihoods))])
     result = {}

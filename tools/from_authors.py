@@ -24,16 +24,7 @@ if __name__ == "__main__":
 
 import torch
 
-from convert import (
-    load_model,
-    read_config,
-    read_json,
-    read_tensors,
-    save_clone,
-    tensor_slices,
-    weight_files,
-    weight_names,
-)
+import convert
 from model import LowRankClone, StudentConfig
 
 # Our name of each trained tensor -> its name in the authors' checkpoints, layers under "model.layers.{i}.".
@@ -55,25 +46,32 @@ REFERENCE_NAMES = {
 }
 
 
+def reference_name(ours: str) -> str:
+    """Of a trained tensor, its name in the authors' checkpoints."""
+    if not ours.startswith("layers."):
+        return f"{REFERENCE_NAMES[ours]}.weight"
+    _, i, name = ours.split(".", 2)
+    return f"model.layers.{i}.{REFERENCE_NAMES[name]}.weight"
+
+
 def reference_files(path: Path) -> list[Path]:
-    """The weight files of a checkpoint of the authors' code, none where `path` is something else."""
-    files = [path] if path.is_file() else []
-    if any((path / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
-        files = weight_files(path)
-    found = "model.zoom.weight" in tensor_slices(files)
-    if path.is_file() and not found:
+    """The weight files of a checkpoint of the authors' code: a directory's, or one of them."""
+    files = [path] if path.is_file() else convert.weight_files(path)
+    if "model.zoom.weight" not in convert.tensor_slices(files):
         raise ValueError(f"{path} has no tensor model.zoom.weight: not a checkpoint of the authors' code")
-    return files if found else []
+    return files
 
 
 def load_reference(files: list[Path], teacher: str) -> LowRankClone:
     """A clone from the authors' checkpoint: sizes, sharing and tying as its tensors say."""
-    found, config = tensor_slices(files), read_config(teacher)
-    (d_s, d_t), settings = found["model.zoom.weight"][1], files[0].with_name("config.json")
+    found = convert.tensor_slices(files)
+    config = convert.read_config(teacher)
+    d_s, d_t = found["model.zoom.weight"][1]
     if d_t != config.hidden_size:
         raise ValueError(f"{files[0]} has a teacher of hidden size {d_t}; {teacher} has {config.hidden_size}")
-    settings = read_json(settings) if settings.is_file() else {}
-    frozen = load_model(teacher)
+    file = files[0].with_name("config.json")
+    settings = convert.read_json(file) if file.is_file() else {}
+    frozen = convert.load_model(teacher)
     with torch.device("meta"):
         student = StudentConfig(
             student_hidden_size=d_s,
@@ -83,20 +81,20 @@ def load_reference(files: list[Path], teacher: str) -> LowRankClone:
             student_rms_norm_eps=settings.get("target_rms_norm_eps", 1e-5),
         )
         clone = LowRankClone(frozen, student)
-    trained, names, shapes = clone.trained(), {}, {}
-    for ours, parameter in trained.items():
-        _, i, name = ours.split(".", 2) if ours.startswith("layers.") else ("", "", ours)
-        names[ours] = f"model.layers.{i}." * bool(i) + f"{REFERENCE_NAMES[name]}.weight"
-        # projections are stored as they multiply, many as P^T; d_S < d_T tells which
+    # Projections are stored as they multiply, many as P^T; d_S < d_T tells which.
+    shapes = {}
+    for ours, parameter in clone.trained().items():
+        name = reference_name(ours)
         shape = tuple(parameter.shape)
-        shapes[names[ours]] = shape if found.get(names[ours], (None, shape))[1] == shape else shape[::-1]
+        is_transposed = name in found and found[name][1] != shape
+        shapes[name] = shape[::-1] if is_transposed else shape
     # zoom_out only serves a loss; a checkpoint of everything also holds the teacher
-    ignored = ("zoom_out.weight", "lm_head.weight", *weight_names(config))
-    tensors = read_tensors(files, shapes, ignored, torch.float32)
+    ignored = ("zoom_out.weight", "lm_head.weight", *convert.weight_names(config))
+    tensors = convert.read_tensors(files, shapes, ignored, torch.float32)
     state = {f"teacher.{name}": weight for name, weight in frozen.state_dict().items()}
-    for ours, theirs in names.items():
-        as_is = tensors[theirs].shape == trained[ours].shape
-        state[ours] = tensors[theirs] if as_is else tensors[theirs].T.contiguous()
+    for ours, parameter in clone.trained().items():
+        tensor = tensors[reference_name(ours)]
+        state[ours] = tensor if tensor.shape == parameter.shape else tensor.T.contiguous()
     clone.load_state_dict(state, assign=True)
     return clone
 
@@ -109,12 +107,8 @@ def main() -> None:
         raise ValueError(f"{out} exists; remove it or choose another --out")
     if not Path(checkpoint).exists():
         raise ValueError(f"{checkpoint} does not exist")
-    files = reference_files(Path(checkpoint))
-    if not files:
-        raise ValueError(
-            f"{checkpoint} has no tensor model.zoom.weight: not a checkpoint of the authors' code"
-        )
-    save_clone(load_reference(files, teacher), Path(out), teacher, teacher)
+    clone = load_reference(reference_files(Path(checkpoint)), teacher)
+    convert.save_clone(clone, Path(out), teacher, teacher)
     print(f"{out}: a clone's checkpoint; next: python convert.py --checkpoint={out} --out=student")
 
 
