@@ -69,13 +69,13 @@ FAULTY = """
 import os, runpy, sys
 sys.path.insert(0, os.getcwd())
 import model
-straight = model.LowRankClone.loss
+straight = model.Student.loss
 def loss(self, *arguments, **options):
     losses = straight(self, *arguments, **options)
     if os.environ.get("RANK") == "1":
         losses["loss"] = losses["loss"] * 1.1
     return losses
-model.LowRankClone.loss = loss
+model.Student.loss = loss
 sys.argv[0] = "train.py"
 runpy.run_path("train.py", run_name="__main__")
 """

@@ -173,7 +173,7 @@ def clones(tmp_path, teacher):
     for step in (1, 2, 3):
         path = out_dir / f"step_{step:08d}"
         clone = make_clone(convert.load_model(teacher), 24)
-        randomise(clone.trained().items(), seed=step)
+        randomise(clone.trained.named_parameters(), seed=step)
         convert.save_clone(clone, path, str(teacher), str(teacher))
         (path / "trainer").mkdir()
         (path / "trainer/state.json").write_text("{}")

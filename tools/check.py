@@ -99,7 +99,7 @@ def golden(case: str, dtype=torch.float32, device="cpu"):
     source = load_file(GOLDEN / "A_i" / "golden.safetensors") if case == "A_ii" else numbers
     config = convert.from_hf(settings["teacher_config"])
     lrc = settings["lrc"]
-    teacher = models.Llama(config, dtype)
+    teacher = models.Llama(config)
     names = convert.weight_names(config)
     teacher.load_state_dict({ours: source[f"teacher.{name}"] for name, (ours, _) in names.items()})
     tied = bool(lrc["tie_word_emb_proj"])
@@ -111,8 +111,9 @@ def golden(case: str, dtype=torch.float32, device="cpu"):
         clone_weight=lrc["aux_loss_scale_factor"],
         clone_attn_out="teacher",
     )
-    clone = models.LowRankClone(teacher.to(dtype), student, losses).to(device)
-    trained = {reference_name(ours): parameter for ours, parameter in clone.trained().items()}
+    shape = models.student_shape(config, student)
+    clone = models.Student(shape, teacher.to(dtype), student, losses).to(device)
+    trained = {reference_name(ours): parameter for ours, parameter in clone.trained.named_parameters()}
     assert {f"train.{name}" for name in trained} == {name for name in numbers if name.startswith("train.")}
     for name, parameter in trained.items():
         parameter.data.copy_(as_stored(numbers[f"train.{name}"], like=parameter))
@@ -120,7 +121,8 @@ def golden(case: str, dtype=torch.float32, device="cpu"):
     labels = F.pad(ids[:, 1:], (0, 1), value=-100)
     result = clone.loss(ids, labels)
     result["loss"].backward()
-    result["raw_lm"] = clone.loss(ids, labels, temperature=1.0)["teacher_lm"]
+    with torch.no_grad():
+        result["raw_lm"] = clone.loss(ids, labels)["teacher_lm"]
     return numbers, result, clone, trained
 
 
@@ -134,8 +136,8 @@ def golden_errors(case: str, dtype=torch.float32, device="cpu") -> dict[str, flo
     for name, parameter in trained.items():
         ours[f"grad.{name}"] = as_stored(parameter.grad, like=numbers[f"grad.{name}"])
     ids = numbers["input_ids"].to(device)
-    ours["student_logits"] = clone.logits(ids)[:, 1::2]
-    ours["teacher_logits"] = clone.teacher.logits(ids)[:, 1::2]
+    ours["student_logits"] = clone(ids)[:, 1::2]
+    ours["teacher_logits"] = clone.teacher(ids)[:, 1::2]
     assert set(ours) == {n for n in numbers if n.startswith(("loss.", "grad.")) or n.endswith("_logits")}
     return {name: largest_difference(x, numbers[name].reshape(x.shape)) for name, x in ours.items()}
 

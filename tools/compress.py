@@ -38,13 +38,23 @@ from torch import Tensor, nn
 import convert
 import train
 from configurator import fail, show
-from model import Llama, LowRankClone, ModelConfig, StudentLayer, block, keep_neurons, rms_norm, rope_table
+from model import (
+    Llama,
+    ModelConfig,
+    Student,
+    StudentLayer,
+    block,
+    head_of,
+    keep_neurons,
+    layer_contexts,
+    rms_norm,
+)
 
 RIDGE = 0.01  # of the mean energy of what a projection gets: how firmly it is held to its start
 
 
 @torch.no_grad()
-def fit_clone(clone: LowRankClone, ids: Tensor, ridge: float = RIDGE, progress: Callable = list) -> None:
+def fit_clone(clone: Student, ids: Tensor, ridge: float = RIDGE, progress: Callable = list) -> None:
     """Fits the projections of a clone that "pca" has started to the tokens ids [N, T], in closed form.
 
     Teacher and student walk the tokens side by side, a layer at a time. What reads the student's stream is
@@ -56,12 +66,12 @@ def fit_clone(clone: LowRankClone, ids: Tensor, ridge: float = RIDGE, progress: 
     Memory: the normal equations of one weight, float64, and the streams of all tokens at one layer.
     """
     teacher = clone.teacher
-    basis = clone.embedding_projection.float().clone()
+    basis = clone.trained.embedding_projection.float().clone()
     x_t, x_s = fit_layers(clone, ids, basis, ridge, progress)
     hidden_t = rms_norm(x_t, teacher.norm, teacher.config.rms_norm_eps)
-    if clone.head_projection is not None:
-        hidden_s = rms_norm(x_s, clone.norm, clone.config.rms_norm_eps)
-        fit_reads([clone.head_projection], hidden_s, hidden_t, ridge)
+    if clone.trained.head_projection is not None:
+        hidden_s = rms_norm(x_s, clone.trained.norm, clone.config.rms_norm_eps)
+        fit_reads([clone.trained.head_projection], hidden_s, hidden_t, ridge)
         return
     metric = logit_metric(teacher, hidden_t)
     fit_tied_projection(clone, ids, basis, hidden_t, x_s, metric, ridge)
@@ -70,7 +80,7 @@ def fit_clone(clone: LowRankClone, ids: Tensor, ridge: float = RIDGE, progress: 
 
 
 def fit_layers(
-    clone: LowRankClone, ids: Tensor, basis: Tensor, ridge: float, progress: Callable
+    clone: Student, ids: Tensor, basis: Tensor, ridge: float, progress: Callable
 ) -> tuple[Tensor, Tensor]:
     """Fits the layers, from the first to the last; returns the final streams of teacher and student.
 
@@ -78,15 +88,16 @@ def fit_layers(
     """
     teacher = clone.teacher
     config = clone.config
-    rope = rope_table(config, torch.arange(ids.shape[1], device=ids.device))
+    contexts = layer_contexts(teacher.config, torch.arange(ids.shape[1], device=ids.device))
     x_t = F.embedding(ids, teacher.embedding).float()  # [N, T, d_T]
-    x_s = x_t @ clone.embedding_projection.float()  # [N, T, d_S]
-    ends = [*clone.kept[1:], len(teacher.layers)]
+    x_s = x_t @ clone.trained.embedding_projection.float()  # [N, T, d_S]
+    kept = clone.trained.kept
+    ends = [*kept[1:], len(teacher.layers)]
     # The layers before the first that is kept.
-    x_t = teacher_streams(teacher, x_t, rope, 0, clone.kept[0])[1]
-    for layer, first, end in progress([*zip(clone.layers, clone.kept, ends, strict=True)]):
-        weights = teacher.layers[first](torch.float32)
-        middle, out = teacher_streams(teacher, x_t, rope, first, end)
+    x_t = teacher_streams(teacher, x_t, contexts, 0, kept[0])[1]
+    for layer, first, end in progress([*zip(clone.trained.layers, kept, ends, strict=True)]):
+        weights = {name: weight.float() for name, weight in teacher.layers[first].items()}
+        middle, out = teacher_streams(teacher, x_t, contexts, first, end)
         # Errors count relative to the token's stream, or the massive tokens would decide alone.
         token_weight = x_t.square().mean(-1).reciprocal()
 
@@ -94,17 +105,17 @@ def fit_layers(
         normed_s = rms_norm(x_s, layer.input_norm, config.rms_norm_eps)
         normed_t = rms_norm(x_t, weights["input_norm"], teacher.config.rms_norm_eps)
         fit_reads([layer.projection(name) for name in ("q", "k", "v")], normed_s, normed_t, ridge)
-        student = layer(weights, torch.float32)
-        attended = torch.cat([attend(rows, student, config, rope) for rows in x_s.split(1)])
+        student, _ = layer(weights, torch.float32)
+        attended = torch.cat([attend(rows, student, config, contexts[first]) for rows in x_s.split(1)])
         fit_write(layer, "o", weights, lambda rows=attended: rows, middle @ basis - x_s, token_weight, ridge)
-        student = layer(weights, torch.float32)
+        student, _ = layer(weights, torch.float32)
         x_s = x_s + F.linear(attended, student["o"], student.get("o_bias"))
 
         # The FFN, likewise.
         normed_s = rms_norm(x_s, layer.post_norm, config.rms_norm_eps)
         normed_t = rms_norm(middle, weights["post_norm"], teacher.config.rms_norm_eps)
         fit_reads([layer.projection(name) for name in ("gate", "up")], normed_s, normed_t, ridge)
-        student = layer(weights, torch.float32)
+        student, _ = layer(weights, torch.float32)
 
         def features(rows=normed_s, gate=student["gate"], up=student["up"]) -> Iterator[Tensor]:
             """What the student's down reads: [T, F], row by row."""
@@ -112,32 +123,32 @@ def fit_layers(
                 yield F.silu(F.linear(row, gate)) * F.linear(row, up)
 
         fit_write(layer, "down", weights, features, out @ basis - x_s, token_weight, ridge)
-        down = layer(weights, torch.float32)["down"]
+        down = layer(weights, torch.float32)[0]["down"]
         x_s = torch.stack([row + F.linear(a, down) for row, a in zip(x_s, features(), strict=True)])
         x_t = out
     return x_t, x_s
 
 
-def teacher_streams(teacher: Llama, x: Tensor, rope, first: int, end: int) -> tuple[Tensor, Tensor]:
+def teacher_streams(teacher: Llama, x: Tensor, contexts, first: int, end: int) -> tuple[Tensor, Tensor]:
     """The teacher's stream [N, T, d_T] after the attention of layer `first`, and before layer `end`."""
     middle = torch.empty_like(x)
     out = torch.empty_like(x)
-    layers = [layer(torch.float32) for layer in teacher.layers[first:end]]
+    layers = [{name: w.float() for name, w in layer.items()} for layer in teacher.layers[first:end]]
     for n in range(len(x)):
         rows = x[n : n + 1]
         for i, weights in enumerate(layers):
             before = rows
-            rows, activations = block(before, weights, teacher.config, rope)
+            rows, activations = block(before, weights, teacher.config, contexts[first + i])
             if i == 0:
                 middle[n] = (before + activations["attn_out"])[0]
         out[n] = rows[0]
     return middle, out
 
 
-def attend(x: Tensor, weights: dict[str, Tensor], config: ModelConfig, rope) -> Tensor:
+def attend(x: Tensor, weights: dict[str, Tensor], config: ModelConfig, context) -> Tensor:
     """What o reads [B, T, H·head_dim] where the stream is x [B, T, D]."""
     no_ffn = {"gate": weights["gate"][:0], "up": weights["up"][:0], "down": weights["down"][:, :0]}
-    _, activations = block(x, weights | no_ffn, config, rope)
+    _, activations = block(x, weights | no_ffn, config, context)
     return activations["attended"]
 
 
@@ -189,7 +200,7 @@ def logit_metric(teacher: Llama, hidden: Tensor) -> Tensor:
 
     It is the mean over tokens of H^T (diag(p) - p p^T) H, H the head and p what the teacher predicts.
     """
-    head = teacher.head_weight().float()
+    head = head_of(teacher.weights()).float()
     probability = torch.zeros(len(head), dtype=torch.float64, device=head.device)
     outer = 0.0
     # 2,048 tokens, spread over all, give the mean well enough.
@@ -230,20 +241,16 @@ def final_norm(
     return torch.linalg.solve(gram, moment + strength * start)
 
 
-def fit_final_norm(clone: LowRankClone, hidden_t: Tensor, x_s: Tensor, metric: Tensor, ridge: float) -> None:
+def fit_final_norm(clone: Student, hidden_t: Tensor, x_s: Tensor, metric: Tensor, ridge: float) -> None:
     second, cross = final_moments(hidden_t, x_s, clone.config.rms_norm_eps)
-    projection = clone.embedding_projection.double()
-    clone.norm.copy_(final_norm(projection, clone.norm.double(), second, cross, metric, ridge))
+    projection = clone.trained.embedding_projection.double()
+    clone.trained.norm.copy_(
+        final_norm(projection, clone.trained.norm.double(), second, cross, metric, ridge)
+    )
 
 
 def fit_tied_projection(
-    clone: LowRankClone,
-    ids: Tensor,
-    basis: Tensor,
-    hidden_t: Tensor,
-    x_s: Tensor,
-    metric: Tensor,
-    ridge: float,
+    clone: Student, ids: Tensor, basis: Tensor, hidden_t: Tensor, x_s: Tensor, metric: Tensor, ridge: float
 ) -> None:
     """Sets the one projection P [d_T, d_S] of embedding and head, and the final norm n.
 
@@ -268,7 +275,7 @@ def fit_tied_projection(
     inverse = torch.linalg.inv(lower)
     values, vectors = torch.linalg.eigh(inverse @ metric @ inverse.T)
     projection = basis
-    norm = final_norm(projection, clone.norm.double(), second, cross, metric, ridge)
+    norm = final_norm(projection, clone.trained.norm.double(), second, cross, metric, ridge)
     for _ in range(3):
         energies, directions = torch.linalg.eigh(norm[:, None] * second * norm)
         right = embedding_scale * embedded @ basis + head_scale * (metric @ cross) * norm
@@ -276,8 +283,8 @@ def fit_tied_projection(
         right = right / (embedding_scale + head_scale * values.clamp(min=0)[:, None] * energies.clamp(min=0))
         projection = inverse.T @ vectors @ right @ directions.T
         norm = final_norm(projection, norm, second, cross, metric, ridge)
-    clone.embedding_projection.copy_(projection)
-    clone.norm.copy_(norm)
+    clone.trained.embedding_projection.copy_(projection)
+    clone.trained.norm.copy_(norm)
 
 
 def main() -> None:
@@ -286,7 +293,7 @@ def main() -> None:
         raise ValueError("there is no directory to write: give --out=DIR, or a config with init_from")
     if Path(target).exists():
         raise ValueError(f"{target} exists; remove it or choose another --out")
-    # Free weights too start from a clone's projections.
+    # Weights of a student's own too start from a clone's projections.
     vars(train).update(options, init="pca", init_from=None, train="projections")
     train.check_options()
     if train.teacher is None:
@@ -300,7 +307,7 @@ def main() -> None:
     layers = functools.partial(show, desc="fitting", unit="layer")
     fit_clone(model, train.calibration_ids(train_data, device), progress=layers)
     seconds = time.perf_counter() - began
-    values = train.evaluate(model, heldout, device) if heldout else {}
+    values = train.evaluate(model, heldout) if heldout else {}
 
     partial = Path(target).with_name(Path(target).name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import torch
 
 import convert
-from model import LowRankClone, StudentConfig
+from model import Student, StudentConfig, student_shape
 
 # Our name of each trained tensor -> its name in the authors' checkpoints, layers under "model.layers.{i}.".
 REFERENCE_NAMES = {
@@ -62,7 +62,7 @@ def reference_files(path: Path) -> list[Path]:
     return files
 
 
-def load_reference(files: list[Path], teacher: str) -> LowRankClone:
+def load_reference(files: list[Path], teacher: str) -> Student:
     """A clone from the authors' checkpoint: sizes, sharing and tying as its tensors say."""
     found = convert.tensor_slices(files)
     config = convert.read_config(teacher)
@@ -80,10 +80,10 @@ def load_reference(files: list[Path], teacher: str) -> LowRankClone:
             tie_head_projection="zoom_down.weight" not in found,
             student_rms_norm_eps=settings.get("target_rms_norm_eps", 1e-5),
         )
-        clone = LowRankClone(frozen, student)
+        clone = Student(student_shape(config, student), frozen, student)
     # Projections are stored as they multiply, many as P^T; d_S < d_T tells which.
     shapes = {}
-    for ours, parameter in clone.trained().items():
+    for ours, parameter in clone.trained.named_parameters():
         name = reference_name(ours)
         shape = tuple(parameter.shape)
         is_transposed = name in found and found[name][1] != shape
@@ -91,11 +91,11 @@ def load_reference(files: list[Path], teacher: str) -> LowRankClone:
     # zoom_out only serves a loss; a checkpoint of everything also holds the teacher
     ignored = ("zoom_out.weight", "lm_head.weight", *convert.weight_names(config))
     tensors = convert.read_tensors(files, shapes, ignored, torch.float32)
-    state = {f"teacher.{name}": weight for name, weight in frozen.state_dict().items()}
-    for ours, parameter in clone.trained().items():
+    state = {}
+    for ours, parameter in clone.trained.named_parameters():
         tensor = tensors[reference_name(ours)]
         state[ours] = tensor if tensor.shape == parameter.shape else tensor.T.contiguous()
-    clone.load_state_dict(state, assign=True)
+    clone.trained.load_state_dict(state, assign=True)
     return clone
 
 

@@ -221,10 +221,10 @@ def measure(ranks: int, parallel: str, recompute: str, gpu: bool = True) -> tupl
         model.recompute = recompute
         if gpu:
             model.chunk_loss = fused_loss
-        make_weights = train.distribute(model, where) if parallel == "fsdp" else model
-        optimizer = train.make_optimizer(model)
-        state = train.optimizer_state(model, optimizer)  # as after a first step
-        parameters = list(train.trained_parameters(model).values())
+        make_weights = train.distribute(model.trained, where) if parallel == "fsdp" else model.trained
+        optimizer = train.make_optimizer(model.trained)
+        state = train.optimizer_state(model.trained, optimizer)  # as after a first step
+        parameters = list(model.trained.parameters())
         sent = 0.0
         if ranks > 1 and parallel == "ddp":
             for p in parameters:
@@ -233,15 +233,14 @@ def measure(ranks: int, parallel: str, recompute: str, gpu: bool = True) -> tupl
         gradients = [p.grad for p in parameters if p.grad is not None]
         blocks = RandomTokens(model.config.vocab_size, train.seq_len)
         with Watch([*model.parameters(), *model.buffers(), *state.values(), *gradients]) as watch:
-            train.backward_step(model, make_weights, blocks, 0, where)
-            train.take_step(optimizer, parameters)
+            train.training_step(model, make_weights, optimizer, blocks, 0, 0.0, train.Metrics())
         return watch.peak, watch.sent + sent
 
 
 def muon_flops(model, processes: int) -> float:
     """Of the five rounds of Newton-Schulz by which Muon makes a step, on the process that has the most."""
     counts = {}
-    for name, p in train.trained_parameters(model).items():
+    for name, p in model.trained.named_parameters():
         if train.is_for_muon(name, p):
             counts[p.shape] = counts.get(p.shape, 0) + 1
     total = 0.0
@@ -307,7 +306,7 @@ def main() -> None:
         size, passes = train.split_batch()
     with torch.device("meta"):
         model = train.build_model(torch.float32)
-    clone = isinstance(model, models.LowRankClone)
+    clone = model.teacher is not None
     if clone:
         print(f"\nteacher {sum(p.numel() for p in model.teacher.parameters()):15,} parameters, frozen")
     print(f"trained {sum(p.numel() for p in model.parameters() if p.requires_grad):15,}")
