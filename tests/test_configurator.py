@@ -1,5 +1,6 @@
 """Options from config files and the command line: what is accepted, what is refused and how it is told."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +209,7 @@ CONFIGS = [
     *((base,) for base in STUDY),
     *((STUDY[0], *study.arguments_of(name)[1:]) for name in study.VARIANTS),
 ]
+READ_OPTIONS = functools.cache(configurator.read_options)  # train.py is parsed once, not for every config
 
 
 def test_every_config_is_checked():
@@ -219,6 +221,7 @@ def test_every_config_is_checked():
 @pytest.mark.parametrize("names", CONFIGS, ids=" ".join)
 def test_shipped_configs_fit_train(names, monkeypatch):
     """They have no option that train.py refuses before it loads anything, nor a term that there is not."""
+    monkeypatch.setattr(configurator, "read_options", READ_OPTIONS)
     paths = [str(ROOT / "config" / name) if name.endswith(".py") else name for name in names]
     values = configurator.configure({"__file__": str(ROOT / "train.py"), "__doc__": ""}, paths)
     for name, value in values.items():

@@ -156,8 +156,8 @@ def reference_vectors(dtype: torch.dtype, bound: float) -> str:
 
 def document_losses(kernel: str, where: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss of each token, gradient) of the bundled teacher, on this file's text cut into documents."""
-    llama = convert.load_model(TEACHER).to(where)
-    llama.dtype = dtype
+    student = models.Student(convert.read_config(TEACHER), dtype=dtype).to(where)
+    convert.load_weights(Path(TEACHER), student)
     ids = torch.tensor(encode_text(load_tokenizer(TEACHER), Path(__file__).read_text())[:257], device=where)
     numbers = np.array([[0] * 50 + [1] * 1 + [2] * 77, [3] * 100 + [4] * 28])
     # On a CPU document_layout makes a mask, for PyTorch's plain attention.
@@ -167,9 +167,9 @@ def document_losses(kernel: str, where: str, dtype: torch.dtype) -> tuple[torch.
     flash = models.flash_attn_varlen_func if kernel == "flash_attn" else None
     with patch.object(models, "flash_attn_varlen_func", flash):
         documents = (positions.to(where), layout)
-        losses = llama.loss(ids[:-1].view(2, 128), ids[1:].view(2, 128), documents=documents)
+        losses = student.loss(ids[:-1].view(2, 128), ids[1:].view(2, 128), documents=documents)
         losses["loss"].backward()
-    gradient = torch.cat([parameter.grad.flatten() for parameter in llama.parameters()])
+    gradient = torch.cat([parameter.grad.flatten() for parameter in student.parameters()])
     return losses["token_lm"].float().cpu(), gradient.cpu()
 
 
