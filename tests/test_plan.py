@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import convert
 import train
-from configurator import read_options
+from configurator import configure, read_options
 from model import Llama
 
 SHAPE = {
@@ -167,11 +167,25 @@ def test_page_of_a_model_that_is_not_here(page):
     assert found["ddp", "none"][1] == "no" and found["ddp", "student"][1] == "yes"  # of 45 GiB
 
 
-def test_shapes_of_a_size():
+@pytest.fixture
+def planned(measure, monkeypatch, capsys):
+    """What plan.py prints, in this process."""
+
+    def run(*arguments, **own):
+        for name, value in own.items():
+            monkeypatch.setattr(plan, name, value)
+        given = configure({"__file__": ROOT / "train.py"}, [*arguments])
+        monkeypatch.setattr(plan, "options", given, raising=False)
+        plan.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_shapes_of_a_size(planned):
     """Every row has the size that was asked for, by the parameters of a model of that shape."""
-    done = run("tools/plan.py", "config/lrc_1_7b.py", "--target_params=1.2e9")
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("    ")][-6:]
+    output = planned("config/lrc_1_7b.py", target_params=1.2e9)
+    rows = [line.split() for line in output.splitlines() if line.startswith("    ")][-6:]
     teacher = convert.from_hf(convert.read_json(ROOT / "config/teachers/Qwen2.5-3B-Instruct.json"))
     for width, layers, neurons, size in rows:
         cut = {"hidden_size": int(width), "num_hidden_layers": int(layers), "intermediate_size": int(neurons)}
@@ -179,14 +193,13 @@ def test_shapes_of_a_size():
             student = Llama(dataclasses.replace(teacher, **cut))
         count = sum(p.numel() for p in student.parameters())
         assert count == int(size.replace(",", "")) and abs(count / 1.2e9 - 1) < 0.1
-    refused = run("tools/plan.py", "--target_params=-1")
-    assert refused.returncode == 2 and "target_params is -1" in refused.stderr
 
 
-def test_mistakes_are_told_in_one_line():
-    for arguments, words in (
-        (["--teacher=models/none"], "models/none is not a directory"),
-        (["--gpu=7"], 'unknown option "gpu"'),
-    ):
-        done = run("tools/plan.py", *arguments)
-        assert done.returncode and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+def test_mistakes_are_told_in_one_line(planned):
+    with pytest.raises(ValueError, match="target_params is -1; it is a number above 0"):
+        planned(target_params=-1)
+    with pytest.raises(ValueError, match="models/none is not a directory"):
+        planned("--teacher=models/none")
+    done = run("tools/plan.py", "--gpu=7")
+    assert done.returncode == 2 and 'unknown option "gpu"' in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -4,13 +4,12 @@ import json
 import time
 
 import evaluate
-import numpy as np
 import plot
 import pytest
 import study
 import torch
 import transformers
-from bench import RandomTokens, kind_of, where_time_goes
+from bench import kind_of, where_time_goes
 from conftest import run, succeed
 from test_model import make_clone, random_llama, randomise
 
@@ -306,14 +305,6 @@ def test_bigbench_is_scored_by_the_likelihoods_of_transformers(clones, teacher, 
         found = result[role]
         assert [found["accuracy"], found["accuracy_per_byte"]] == pytest.approx(right, abs=1e-4)
     assert lines[0]["results"]["sums"]["teacher"] == lines[1]["results"]["sums"]["teacher"]
-
-
-def test_random_tokens_are_a_batch_too():
-    blocks = RandomTokens(vocab_size=50, seq_len=8)
-    batch = blocks.batch(3, 4)
-    assert batch.ids.shape == batch.labels.shape == batch.documents.shape == (4, 8)
-    assert np.array_equal(batch.ids[:, 1:], batch.labels[:, :-1]) and len(np.unique(batch.ids)) > 10
-    assert batch.source.tolist() == [0] * 4 and blocks.count_labels(3, 4) == 32
 
 
 def test_kernels_are_told_apart():
