@@ -82,43 +82,36 @@ def page():
     process.kill()
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_memory_is_what_a_run_takes(page, measure, parallel):
+def test_memory_is_what_a_run_takes(page, measure):
     """The difference of a large and a small step: the interpreter is in both. fsdp on a mesh of one."""
-    steps = {"large": options(4, 256, parallel=parallel), "small": options(1, 16, parallel=parallel)}
-    runs = [
-        start("tools/bench.py", *(f"--{key}={value}" for key, value in step.items()))
-        for step in steps.values()
-    ]
-    large, small = (measure(step, 1, parallel, "none") for step in steps.values())
-    (taken, parts), (base, _) = (
-        (numbers["peak_memory_gib"], numbers["ms"])
-        for numbers in (json.loads(finish(run).splitlines()[-1]) for run in runs)
-    )
+    steps = {"ddp": options(4, 256), "fsdp": options(4, 256, parallel="fsdp"), "small": options(1, 16)}
+    runs = {
+        name: start("tools/bench.py", *(f"--{key}={value}" for key, value in step.items()))
+        for name, step in steps.items()
+    }
+    planned = {name: measure(step, 1, step.get("parallel", "ddp"), "none") for name, step in steps.items()}
+    found = {name: json.loads(finish(process).splitlines()[-1]) for name, process in runs.items()}
+    base = found["small"]["peak_memory_gib"]
+    for name in ("ddp", "fsdp"):
+        taken = found[name]["peak_memory_gib"] - base
+        assert taken > 0.15
+        assert planned[name] - planned["small"] == pytest.approx(taken, rel=0.15)
     # The products of this step take longer than anything else, and its optimizer some time too.
+    parts = found["ddp"]["ms"]
     assert max(parts, key=parts.get) == "matrix products" and parts["optimizer, clipping"] > 0
-    assert taken - base > 0.15
-    assert large - small == pytest.approx(taken - base, rel=0.15)
 
 
 def test_shards_and_checkpointing_take_less(measure):
-    given = options(2, 1024, global_batch_size=8, teacher=SHAPE | {"num_hidden_layers": 2})
-    peak = {
-        (p, kept): measure(given, 4, p, kept) for p in ("ddp", "fsdp") for kept in ("none", "student", "both")
-    }
-    for parallel in ("ddp", "fsdp"):
-        assert peak[parallel, "both"] < peak[parallel, "student"] < peak[parallel, "none"]
-    assert all(peak["fsdp", kept] < peak["ddp", kept] for kept in ("none", "student", "both"))
-
-
-def test_shards_are_of_what_trains_alone(measure):
     """Weights and moments of what trains, and the gradients, over four; the teacher is whole on each."""
-    given = options(1, 16, teacher=SHAPE | {"num_hidden_layers": 2}, global_batch_size=4)
-    whole, sharded = (measure(given, 4, parallel, "none") for parallel in ("ddp", "fsdp"))
+    given = options(2, 512, global_batch_size=8, teacher=SHAPE | {"num_hidden_layers": 2})
+    pairs = [("ddp", "none"), ("ddp", "student"), ("ddp", "both"), ("fsdp", "none"), ("fsdp", "both")]
+    peak = {pair: measure(given, 4, *pair) for pair in pairs}
+    assert peak["ddp", "both"] < peak["ddp", "student"] < peak["ddp", "none"]
+    assert peak["fsdp", "both"] < peak["fsdp", "none"] < peak["ddp", "none"]
     model = train.build_model(torch.float32)
     trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad) / 2**30
     frozen = 4 * sum(p.numel() for p in model.teacher.parameters()) / 2**30
-    assert frozen + trained < sharded < whole - trained
+    assert frozen + trained < peak["fsdp", "none"] < peak["ddp", "none"] - trained
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
