@@ -619,8 +619,10 @@ def as_llama(student: Llama) -> Llama:
     config = student.config
     size = config.hidden_size
     heads = config.num_attention_heads
-    if config.qk_norm or config.no_rope_layers:
-        raise ValueError(f"arch is llama; a {config.model_type} has layers that no Llama has")
+    if config.qk_norm:
+        raise ValueError(f"arch is llama; a {config.model_type} normalises q and k, which no Llama does")
+    if config.no_rope_layers:
+        raise ValueError("arch is llama; a smollm3 has layers without rotary embeddings, as no Llama has")
     if size % heads:
         raise ValueError(f"arch is llama; its hidden_size, {size}, must be a multiple of its {heads} heads")
     with torch.device("meta"):

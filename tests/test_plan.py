@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import convert
 import train
-from configurator import read_options
+from configurator import configure, read_options
 from model import Llama
 
 SHAPE = {
@@ -82,43 +82,36 @@ def page():
     process.kill()
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_memory_is_what_a_run_takes(page, measure, parallel):
+def test_memory_is_what_a_run_takes(page, measure):
     """The difference of a large and a small step: the interpreter is in both. fsdp on a mesh of one."""
-    steps = {"large": options(4, 256, parallel=parallel), "small": options(1, 16, parallel=parallel)}
-    runs = [
-        start("tools/bench.py", *(f"--{key}={value}" for key, value in step.items()))
-        for step in steps.values()
-    ]
-    large, small = (measure(step, 1, parallel, "none") for step in steps.values())
-    (taken, parts), (base, _) = (
-        (numbers["peak_memory_gib"], numbers["ms"])
-        for numbers in (json.loads(finish(run).splitlines()[-1]) for run in runs)
-    )
+    steps = {"ddp": options(4, 256), "fsdp": options(4, 256, parallel="fsdp"), "small": options(1, 16)}
+    runs = {
+        name: start("tools/bench.py", *(f"--{key}={value}" for key, value in step.items()))
+        for name, step in steps.items()
+    }
+    planned = {name: measure(step, 1, step.get("parallel", "ddp"), "none") for name, step in steps.items()}
+    found = {name: json.loads(finish(process).splitlines()[-1]) for name, process in runs.items()}
+    base = found["small"]["peak_memory_gib"]
+    for name in ("ddp", "fsdp"):
+        taken = found[name]["peak_memory_gib"] - base
+        assert taken > 0.15
+        assert planned[name] - planned["small"] == pytest.approx(taken, rel=0.15)
     # The products of this step take longer than anything else, and its optimizer some time too.
+    parts = found["ddp"]["ms"]
     assert max(parts, key=parts.get) == "matrix products" and parts["optimizer, clipping"] > 0
-    assert taken - base > 0.15
-    assert large - small == pytest.approx(taken - base, rel=0.15)
 
 
 def test_shards_and_checkpointing_take_less(measure):
-    given = options(2, 1024, global_batch_size=8, teacher=SHAPE | {"num_hidden_layers": 2})
-    peak = {
-        (p, kept): measure(given, 4, p, kept) for p in ("ddp", "fsdp") for kept in ("none", "student", "both")
-    }
-    for parallel in ("ddp", "fsdp"):
-        assert peak[parallel, "both"] < peak[parallel, "student"] < peak[parallel, "none"]
-    assert all(peak["fsdp", kept] < peak["ddp", kept] for kept in ("none", "student", "both"))
-
-
-def test_shards_are_of_what_trains_alone(measure):
     """Weights and moments of what trains, and the gradients, over four; the teacher is whole on each."""
-    given = options(1, 16, teacher=SHAPE | {"num_hidden_layers": 2}, global_batch_size=4)
-    whole, sharded = (measure(given, 4, parallel, "none") for parallel in ("ddp", "fsdp"))
+    given = options(2, 512, global_batch_size=8, teacher=SHAPE | {"num_hidden_layers": 2})
+    pairs = [("ddp", "none"), ("ddp", "student"), ("ddp", "both"), ("fsdp", "none"), ("fsdp", "both")]
+    peak = {pair: measure(given, 4, *pair) for pair in pairs}
+    assert peak["ddp", "both"] < peak["ddp", "student"] < peak["ddp", "none"]
+    assert peak["fsdp", "both"] < peak["fsdp", "none"] < peak["ddp", "none"]
     model = train.build_model(torch.float32)
     trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad) / 2**30
     frozen = 4 * sum(p.numel() for p in model.teacher.parameters()) / 2**30
-    assert frozen + trained < sharded < whole - trained
+    assert frozen + trained < peak["fsdp", "none"] < peak["ddp", "none"] - trained
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -167,11 +160,25 @@ def test_page_of_a_model_that_is_not_here(page):
     assert found["ddp", "none"][1] == "no" and found["ddp", "student"][1] == "yes"  # of 45 GiB
 
 
-def test_shapes_of_a_size():
+@pytest.fixture
+def planned(measure, monkeypatch, capsys):
+    """What plan.py prints, in this process."""
+
+    def run(*arguments, **own):
+        for name, value in own.items():
+            monkeypatch.setattr(plan, name, value)
+        given = configure({"__file__": ROOT / "train.py"}, [*arguments])
+        monkeypatch.setattr(plan, "options", given, raising=False)
+        plan.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_shapes_of_a_size(planned):
     """Every row has the size that was asked for, by the parameters of a model of that shape."""
-    done = run("tools/plan.py", "config/lrc_1_7b.py", "--target_params=1.2e9")
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("    ")][-6:]
+    output = planned("config/lrc_1_7b.py", target_params=1.2e9)
+    rows = [line.split() for line in output.splitlines() if line.startswith("    ")][-6:]
     teacher = convert.from_hf(convert.read_json(ROOT / "config/teachers/Qwen2.5-3B-Instruct.json"))
     for width, layers, neurons, size in rows:
         cut = {"hidden_size": int(width), "num_hidden_layers": int(layers), "intermediate_size": int(neurons)}
@@ -179,14 +186,13 @@ def test_shapes_of_a_size():
             student = Llama(dataclasses.replace(teacher, **cut))
         count = sum(p.numel() for p in student.parameters())
         assert count == int(size.replace(",", "")) and abs(count / 1.2e9 - 1) < 0.1
-    refused = run("tools/plan.py", "--target_params=-1")
-    assert refused.returncode == 2 and "target_params is -1" in refused.stderr
 
 
-def test_mistakes_are_told_in_one_line():
-    for arguments, words in (
-        (["--teacher=models/none"], "models/none is not a directory"),
-        (["--gpu=7"], 'unknown option "gpu"'),
-    ):
-        done = run("tools/plan.py", *arguments)
-        assert done.returncode and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+def test_mistakes_are_told_in_one_line(planned):
+    with pytest.raises(ValueError, match="target_params is -1; it is a number above 0"):
+        planned(target_params=-1)
+    with pytest.raises(ValueError, match="models/none is not a directory"):
+        planned("--teacher=models/none")
+    done = run("tools/plan.py", "--gpu=7")
+    assert done.returncode == 2 and 'unknown option "gpu"' in done.stderr
+    assert len(done.stderr.splitlines()) == 1

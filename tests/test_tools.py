@@ -4,13 +4,12 @@ import json
 import time
 
 import evaluate
-import numpy as np
 import plot
 import pytest
 import study
 import torch
 import transformers
-from bench import RandomTokens, kind_of, where_time_goes
+from bench import kind_of, where_time_goes
 from conftest import run, succeed
 from test_model import make_clone, random_llama, randomise
 
@@ -105,7 +104,7 @@ def drawn(runs, out, monkeypatch):
     )
     plot.draw(runs, str(out))
     assert out.read_bytes()[:4] == b"\x89PNG"
-    ((figure, _),) = figures
+    figure, _ = figures[-1]
     panels = {}
     for axes in figure.axes:
         lines = [line for line in axes.lines if len(line.get_xdata()) and line.get_linestyle() != "--"]
@@ -113,34 +112,24 @@ def drawn(runs, out, monkeypatch):
     return panels
 
 
-PANELS = ["loss", "KL(teacher ‖ student)"]
+KL = "KL(teacher ‖ student)"
 
 
 def test_figure(results, tmp_path, monkeypatch):
-    runs = {name: runs[0] for name, runs in results.items()}
-    panels = drawn(runs, tmp_path / "curves.png", monkeypatch)
-    assert list(panels) == [*PANELS, "clone terms at the end"]
-    assert [len(lines) for lines in panels.values()] == [6, 2, 2]
-
-
-@pytest.mark.parametrize("clone", [True, False])
-def test_figure_of_one_evaluation(tmp_path, monkeypatch, clone):
-    """A point is seen, and the training loss beside it; no panel is empty."""
-    lines = write(tmp_path / "run", (8.0, 7.0, 6.5), clone)
-    lines = [line for line in lines if "lm" in line] + lines[-1:]
-    panels = drawn({"run": lines}, tmp_path / "curves.png", monkeypatch)
-    assert list(panels) == ([*PANELS, "clone terms at the end"] if clone else ["loss"])
-    training, heldout = panels["loss"]
-    assert list(training.get_ydata()) == [8.0, 7.0, 6.5]
-    assert list(heldout.get_ydata()) == [6.5] and heldout.get_marker() == "o"
-    assert all(lines for lines in panels.values())
-
-
-def test_figure_without_an_evaluation_or_a_loss(results, tmp_path, monkeypatch):
-    lines = [line for line in results["ours"][0] if "lm" in line]
-    assert list(drawn({"run": lines}, tmp_path / "curves.png", monkeypatch)) == ["loss"]
+    """Each panel that has data, and no other; a point is seen, and the training loss beside it."""
+    out = tmp_path / "curves.png"
+    terms = "clone terms at the end"
+    panels = drawn({name: runs[0] for name, runs in results.items()}, out, monkeypatch)
+    assert {name: len(lines) for name, lines in panels.items()} == {"loss": 6, KL: 2, terms: 2}
+    training = [line for line in results["ours"][0] if "lm" in line]
+    panels = drawn({"run": [*training, results["ours"][0][-1]]}, out, monkeypatch)
+    assert {name: len(lines) for name, lines in panels.items()} == {"loss": 2, KL: 1, terms: 1}
+    assert [list(line.get_ydata()) for line in panels["loss"]] == [[4.9, 4.1, 3.5, 3.0], [3.0]]
+    assert panels["loss"][1].get_marker() == "o"
+    assert list(drawn({"run": results["scratch"][0]}, out, monkeypatch)) == ["loss"]
+    assert list(drawn({"run": training}, out, monkeypatch)) == ["loss"]
     with pytest.raises(ValueError, match="have logged no loss yet"):
-        plot.draw({"run": []}, str(tmp_path / "none.png"))
+        plot.draw({"run": []}, str(out))
     with pytest.raises(ValueError, match="is no run's out_dir"):
         plot.read_metrics(str(tmp_path / "none"))
 
@@ -306,14 +295,6 @@ def test_bigbench_is_scored_by_the_likelihoods_of_transformers(clones, teacher, 
         found = result[role]
         assert [found["accuracy"], found["accuracy_per_byte"]] == pytest.approx(right, abs=1e-4)
     assert lines[0]["results"]["sums"]["teacher"] == lines[1]["results"]["sums"]["teacher"]
-
-
-def test_random_tokens_are_a_batch_too():
-    blocks = RandomTokens(vocab_size=50, seq_len=8)
-    batch = blocks.batch(3, 4)
-    assert batch.ids.shape == batch.labels.shape == batch.documents.shape == (4, 8)
-    assert np.array_equal(batch.ids[:, 1:], batch.labels[:, :-1]) and len(np.unique(batch.ids)) > 10
-    assert batch.source.tolist() == [0] * 4 and blocks.count_labels(3, 4) == 32
 
 
 def test_kernels_are_told_apart():

@@ -38,17 +38,7 @@ from torch import Tensor, nn
 import convert
 import train
 from configurator import fail, show
-from model import (
-    Llama,
-    ModelConfig,
-    Student,
-    StudentLayer,
-    block,
-    head_of,
-    keep_neurons,
-    layer_contexts,
-    rms_norm,
-)
+from model import Llama, Student, StudentLayer, block, head_of, keep_neurons, layer_contexts, rms_norm
 
 RIDGE = 0.01  # of the mean energy of what a projection gets: how firmly it is held to its start
 
@@ -76,7 +66,10 @@ def fit_clone(clone: Student, ids: Tensor, ridge: float = RIDGE, progress: Calla
     metric = logit_metric(teacher, hidden_t)
     fit_tied_projection(clone, ids, basis, hidden_t, x_s, metric, ridge)
     _, x_s = fit_layers(clone, ids, basis, ridge, progress)
-    fit_final_norm(clone, hidden_t, x_s, metric, ridge)
+    second, cross = final_moments(hidden_t, x_s, clone.config.rms_norm_eps)
+    projection = clone.trained.embedding_projection.double()
+    norm = clone.trained.norm
+    norm.copy_(final_norm(projection, norm.double(), second, cross, metric, ridge))
 
 
 def fit_layers(
@@ -106,8 +99,10 @@ def fit_layers(
         normed_t = rms_norm(x_t, weights["input_norm"], teacher.config.rms_norm_eps)
         fit_reads([layer.projection(name) for name in ("q", "k", "v")], normed_s, normed_t, ridge)
         student, _ = layer(weights, torch.float32)
-        attended = torch.cat([attend(rows, student, config, contexts[first]) for rows in x_s.split(1)])
-        fit_write(layer, "o", weights, lambda rows=attended: rows, middle @ basis - x_s, token_weight, ridge)
+        # What o reads, [N, T, heads · head_dim]; the rest of the block is not yet fitted.
+        blocks = (block(rows, student, config, contexts[first])[1] for rows in x_s.split(1))
+        attended = torch.cat([activations["attended"] for activations in blocks])
+        fit_write(layer, "o", weights, attended, middle @ basis - x_s, token_weight, ridge)
         student, _ = layer(weights, torch.float32)
         x_s = x_s + F.linear(attended, student["o"], student.get("o_bias"))
 
@@ -122,7 +117,7 @@ def fit_layers(
             for row in rows:
                 yield F.silu(F.linear(row, gate)) * F.linear(row, up)
 
-        fit_write(layer, "down", weights, features, out @ basis - x_s, token_weight, ridge)
+        fit_write(layer, "down", weights, features(), out @ basis - x_s, token_weight, ridge)
         down = layer(weights, torch.float32)[0]["down"]
         x_s = torch.stack([row + F.linear(a, down) for row, a in zip(x_s, features(), strict=True)])
         x_t = out
@@ -143,13 +138,6 @@ def teacher_streams(teacher: Llama, x: Tensor, contexts, first: int, end: int) -
                 middle[n] = (before + activations["attn_out"])[0]
         out[n] = rows[0]
     return middle, out
-
-
-def attend(x: Tensor, weights: dict[str, Tensor], config: ModelConfig, context) -> Tensor:
-    """What o reads [B, T, H·head_dim] where the stream is x [B, T, D]."""
-    no_ffn = {"gate": weights["gate"][:0], "up": weights["up"][:0], "down": weights["down"][:, :0]}
-    _, activations = block(x, weights | no_ffn, config, context)
-    return activations["attended"]
 
 
 def least_squares(
@@ -184,14 +172,16 @@ def fit_reads(projections: list[nn.Parameter], normed_s: Tensor, normed_t: Tenso
 
 
 def fit_write(
-    layer: StudentLayer, name: str, teacher: dict[str, Tensor], features: Callable[[], Iterable[Tensor]],
+    layer: StudentLayer, name: str, teacher: dict[str, Tensor], features: Iterable[Tensor],
     missing: Tensor, token_weight: Tensor, ridge: float,
 ) -> None:  # fmt: skip
-    """Sets the projection of o or down so that P^T W adds what the student is missing [N, T, d_S]."""
+    """Sets the projection P of o or down so that P^T W adds what the student is missing [N, T, d_S].
+
+    features: what the weight reads, row by row."""
     weight = keep_neurons(teacher, layer.neurons)[name]
     bias = teacher.get(f"{name}_bias")
     projection = layer.projection(name)
-    written = (F.linear(row, weight, bias) for row in features())
+    written = (F.linear(row, weight, bias) for row in features)
     projection.copy_(least_squares(written, missing, token_weight, projection, ridge))
 
 
@@ -220,14 +210,9 @@ def final_moments(hidden_t: Tensor, x_s: Tensor, eps: float) -> tuple[Tensor, Te
 
     s is the student's final stream, normed with a weight of ones, and t the teacher's hidden state.
     """
-    second = 0.0
-    cross = 0.0
-    for t, x in zip(hidden_t, x_s, strict=True):
-        s = rms_norm(x, torch.ones_like(x[0]), eps).double()
-        second = second + s.T @ s
-        cross = cross + t.double().T @ s
-    tokens = x_s.shape[0] * x_s.shape[1]
-    return second / tokens, cross / tokens
+    s = rms_norm(x_s, torch.ones_like(x_s[0, 0]), eps).flatten(0, 1).double()
+    t = hidden_t.flatten(0, 1).double()
+    return s.T @ s / len(s), t.T @ s / len(s)
 
 
 def final_norm(
@@ -239,14 +224,6 @@ def final_norm(
     strength = ridge * gram.diagonal().mean()
     gram.diagonal().add_(strength)
     return torch.linalg.solve(gram, moment + strength * start)
-
-
-def fit_final_norm(clone: Student, hidden_t: Tensor, x_s: Tensor, metric: Tensor, ridge: float) -> None:
-    second, cross = final_moments(hidden_t, x_s, clone.config.rms_norm_eps)
-    projection = clone.trained.embedding_projection.double()
-    clone.trained.norm.copy_(
-        final_norm(projection, clone.trained.norm.double(), second, cross, metric, ridge)
-    )
 
 
 def fit_tied_projection(
