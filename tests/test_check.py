@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import model as models
+import train
 
 LINE = re.compile(r"^(.+?)  +(pass|fail|not run) +\d+ s  (.+)$", re.MULTILINE)
 
@@ -29,14 +30,18 @@ def table(monkeypatch, capsys):
 
 def test_everything_passes_here(table):
     """By runs of two processes, one of which is resumed; what needs a GPU says so."""
-    found = table(0, ("reference", "documents", "ddp", "fsdp", "bfloat16", "resume", "speed"))
+    found = table(0, ("reference", "documents", "ddp", "fsdp against one", "bfloat16", "resume", "speed"))
     assert len(found) == 12  # but for the compiled run, which takes a minute
     assert sum(result == "pass" and "bound" in text for result, text in found.values()) == 5
     assert all("CPU" in text for result, text in found.values() if result == "not run")
 
 
-def test_one_device_shards_too(table):
-    found = table(0, ("fsdp against", "ddp"), processes=1)
+def test_one_device_shards_too(table, monkeypatch):
+    """On a mesh of one, where ddp lacks a second process; what FSDP costs can miss its bound."""
+    monkeypatch.setattr(train, "LAYERS_OF_A_UNIT", 1)  # as costly as it was
+    found = table(1, ("fsdp against", "ddp"), processes=1)
+    assert found["fsdp against a plain step"][0] == "fail"
+    assert "measured 3 x: ratio" in found["fsdp against a plain step"][1]
     assert found["ddp against one process"] == ("not run", "one device")
     assert found["fsdp against one process"][0] == "pass"
 
