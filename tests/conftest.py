@@ -49,30 +49,31 @@ FORKS.set_forkserver_preload(
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def execute(script, arguments, environment, outputs):
-    """What `python SCRIPT ARGUMENTS` does in the repository's root; outputs: of stdout and of stderr."""
+def execute(script, arguments, environment, outputs, directory):
+    """What `python SCRIPT ARGUMENTS` does in a directory; outputs: files of stdout and of stderr."""
     for stream, file in enumerate(outputs, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(directory)
     sys.argv = [script, *arguments]
-    sys.path[:0] = [os.path.dirname(ROOT / script), *environment.get("PYTHONPATH", "").split(":")]
-    runpy.run_path(ROOT / script, run_name="__main__")
+    sys.path[:0] = [os.path.dirname(directory / script), *environment.get("PYTHONPATH", "").split(":")]
+    runpy.run_path(directory / script, run_name="__main__")
 
 
-def launch(script, *arguments, outputs, **environment):
+def launch(script, *arguments, outputs, directory=ROOT, **environment):
     """The script as a process that was started, with these variables in its environment."""
     arguments = [*map(str, arguments)]
-    process = FORKS.Process(target=execute, args=(str(script), arguments, os.environ | environment, outputs))
+    given = (str(script), arguments, os.environ | environment, outputs, directory)
+    process = FORKS.Process(target=execute, args=given)
     process.start()
     return process
 
 
-def run(script, *arguments):
-    with tempfile.TemporaryDirectory() as directory:
-        outputs = [Path(directory) / name for name in ("stdout", "stderr")]
-        process = launch(script, *arguments, outputs=outputs)
+def run(script, *arguments, directory=ROOT):
+    with tempfile.TemporaryDirectory() as work:
+        outputs = [Path(work) / name for name in ("stdout", "stderr")]
+        process = launch(script, *arguments, outputs=outputs, directory=directory)
         process.join()
         texts = [file.read_text() for file in outputs]
         return subprocess.CompletedProcess([script, *arguments], process.exitcode, *texts)

@@ -3,7 +3,6 @@
 Every command is classed here by its beginning, in RUN or in NOT_RUN: a new one fails the test until it is.
 """
 
-import os
 import re
 import shlex
 import shutil
@@ -13,11 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run
 
 from configurator import configure
 
-QUICK = ("--max_steps=2", "--eval_blocks=4")
+QUICK = ("--max_steps=2", "--eval_blocks=4", "--calibration_tokens=1024")
 DOWNLOAD = "needs a download"
 INSTALL = "needs the network"
 GPUS = "needs GPUs"
@@ -105,11 +104,15 @@ def fresh(tmp_path_factory):
     return out
 
 
-def arguments_of(command: str) -> list[str]:
-    """A command of RUN as a list for subprocess, by this Python; of `pip install … && X` only X."""
+def run_command(command: str, directory: Path) -> subprocess.CompletedProcess:
+    """A command of RUN, by this Python; of `pip install … && X` only X."""
     program, *arguments = shlex.split(command.rpartition("&& ")[2], comments=True)
-    module = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[program]
-    return [sys.executable, *module, *arguments, *RUN[classes_of(command)[0]]]
+    arguments += RUN[classes_of(command)[0]]
+    if program == "python":
+        return run(*arguments, directory=directory)
+    assert program == "torchrun"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    return subprocess.run(torchrun, cwd=directory, capture_output=True, text=True, timeout=600)
 
 
 def test_every_command_is_classed():
@@ -141,14 +144,11 @@ def test_batches_divide_by_the_processes_of_the_commands():
 
 
 def test_commands_run(fresh):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for command in readme_commands():
         if classes_of(command)[0] in NOT_RUN:
             continue
         begun = time.perf_counter()
-        done = subprocess.run(
-            arguments_of(command), cwd=fresh, env=environment, capture_output=True, text=True, timeout=600
-        )
+        done = run_command(command, fresh)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         print(f"{time.perf_counter() - begun:5.1f} s  {command}")  # shown by pytest -s -n0
     assert (fresh / "student/model.safetensors").is_file()
