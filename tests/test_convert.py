@@ -339,10 +339,11 @@ def test_reference_checkpoint_with_shared_projections(qkv, gate_up, tied, tmp_pa
     shared = {"share_qkv": qkv, "share_gate_up": gate_up, "tie_head_projection": tied}
     clone = make_clone(teacher, 24, student_rms_norm_eps=4e-3, **shared)
     randomise(clone.trained.named_parameters(), seed=1)
-    tensors = {"model.zoom": clone.embedding_projection.T, "model.target_norm": clone.norm}
+    own = clone.trained
+    tensors = {"model.zoom": own.embedding_projection.T, "model.target_norm": own.norm}
     if not tied:
-        tensors["zoom_down"] = clone.head_projection.T
-    for i, layer in enumerate(clone.layers):
+        tensors["zoom_down"] = own.head_projection.T
+    for i, layer in enumerate(own.layers):
         p = layer.projections
         of_layer = {
             "target_input_layernorm": layer.input_norm,
