@@ -671,15 +671,15 @@ class StudentLayer(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, teacher_size: int, student: StudentConfig | None, losses: LossConfig | None
-    ):  # fmt: skip
+        self, config: ModelConfig, teacher_size: int, student: StudentConfig, losses: LossConfig | None
+    ):
         super().__init__()
-        self.composes = student is not None and student.train == "projections"
+        self.composes = student.train == "projections"
         self.compared = projections_compared(student, losses)
         self.parameter_of = {name: name for name in (*READS, *WRITES)}  # the projection of each weight
-        if student is not None and student.share_qkv:
+        if student.share_qkv:
             self.parameter_of |= dict.fromkeys(("q", "k", "v"), "qkv")
-        if student is not None and student.share_gate_up:
+        if student.share_gate_up:
             self.parameter_of |= dict.fromkeys(("gate", "up"), "gate_up")
         projected = (*READS, *WRITES) if self.composes else self.compared
         names = dict.fromkeys(self.parameter_of[name] for name in projected)
@@ -692,7 +692,7 @@ class StudentLayer(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(shapes[name])))
         # Which of the teacher's FFN neurons the student has, where it has not all.
         neurons = None
-        if student is not None and student.student_intermediate_size is not None:
+        if student.student_intermediate_size is not None:
             neurons = torch.arange(student.student_intermediate_size)
         self.register_buffer("neurons", neurons)
 
@@ -719,7 +719,7 @@ class StudentLayer(nn.Module):
         return weights, projections
 
 
-def projections_compared(student: StudentConfig | None, losses: LossConfig | None) -> list[str]:
+def projections_compared(student: StudentConfig, losses: LossConfig | None) -> list[str]:
     """Which projections clone_losses reads, by the weight that they project."""
     if losses is None or not losses.clone_weight:
         return []
@@ -747,13 +747,11 @@ class StudentWeights(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, teacher: ModelConfig | None, student: StudentConfig | None,
-        losses: LossConfig | None,
-    ):  # fmt: skip
+        self, config: ModelConfig, teacher_size: int, student: StudentConfig, losses: LossConfig | None
+    ):
         super().__init__()
         size = config.hidden_size
-        teacher_size = teacher.hidden_size if teacher else size
-        self.composes = student is not None and student.train == "projections"
+        self.composes = student.train == "projections"
         skipped = losses.clone_skip_layers if losses else ()
         self.layers = nn.ModuleList()
         for i in range(config.num_hidden_layers):
@@ -771,7 +769,7 @@ class StudentWeights(nn.Module):
         if not self.composes and not config.tie_word_embeddings:
             self.head = nn.Parameter(torch.empty(config.vocab_size, size))
         # Which of the teacher's layers each is made of.
-        self.kept = (student and student.student_layers) or tuple(range(config.num_hidden_layers))
+        self.kept = student.student_layers or tuple(range(config.num_hidden_layers))
 
     def forward(self, teacher: Llama | None, dtype: torch.dtype) -> tuple[dict, dict]:
         """(weights, projections) in `dtype`: weights as Llama.weights has them, and the projections that the
@@ -837,12 +835,19 @@ class Student(nn.Module):
         losses: LossConfig | None = None, dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
         super().__init__()
+        teacher_size = config.hidden_size
+        self.teacher = None
+        self.dtype = dtype
+        if teacher is not None:
+            self.teacher = teacher.requires_grad_(False)
+            self.dtype = teacher.dtype
+            teacher_size = teacher.config.hidden_size
+        if student is None:  # a plain model
+            student = StudentConfig(config.hidden_size, False, False, True, config.rms_norm_eps, "weights")
         self.config = config
-        self.teacher = teacher and teacher.requires_grad_(False)
         self.student_config = student
         self.loss_config = losses
-        self.dtype = teacher.dtype if teacher else dtype
-        self.trained = StudentWeights(config, teacher and teacher.config, student, losses)
+        self.trained = StudentWeights(config, teacher_size, student, losses)
         self.composes = self.trained.composes
         self.run_block = clone_block  # train.py may compile it
         self.chunk_loss = chunk_loss  # and this
@@ -884,10 +889,13 @@ class Student(nn.Module):
         run = self.run_block
         if self.recompute == "both":
             run = functools.partial(checkpoint, run, use_reentrant=False)
-        layer_of = {k: j for j, k in enumerate(self.trained.kept)}  # the student's, beside the teacher's
+        # Every layer that one of the two has: the student's layer j stands beside the teacher's layer kept[j].
+        layer_of = {k: j for j, k in enumerate(self.trained.kept)}
         by_layer = []
         for i in range(max(len(teacher_layers), self.trained.kept[-1] + 1)):
-            teacher, student, compare = None, None, None
+            teacher = None
+            student = None
+            compare = None
             if i < len(teacher_layers):
                 teacher = (teacher_layers[i], self.teacher.config, teacher_contexts[i])
             j = layer_of.get(i)
@@ -897,11 +905,13 @@ class Student(nn.Module):
                 neurons = self.trained.layers[j].neurons
                 compare = (projections["layers"][j], neurons, self.student_config, losses)
             x_t, x_s, errors, numbers = run(x_t, x_s, teacher, student, compare, self.recompute == "student")
+            # A term over its activation's mean square: else the layers with the largest drown the others.
             for name in errors.keys() & self.mean_squares.keys():
                 errors[name] = errors[name] / self.mean_squares[name][i]
             if j is not None:
                 by_layer.append(errors | numbers)
 
+        # The heads. A plain model has no more than this.
         x_s = rms_norm(x_s, weights["norm"], self.config.rms_norm_eps)
         part = {"num_labels": num_labels, "share": share, "loss_function": self.chunk_loss}
         if self.teacher is None:
@@ -911,6 +921,8 @@ class Student(nn.Module):
         temperature = losses.kl_temperature if torch.is_grad_enabled() else 1.0
         scales = (losses.lm_weight, losses.kl_weight, temperature)
         result = head_loss(x_s, head_of(weights), labels, teacher, *scales, **part)
+
+        # The clone losses by name; 0 in layers that have none.
         zero = x_t.new_zeros((), dtype=torch.float32)
         names = dict.fromkeys(name for terms in by_layer for name in terms)
         result["terms"] = {
