@@ -889,7 +889,7 @@ class Student(nn.Module):
         run = self.run_block
         if self.recompute == "both":
             run = functools.partial(checkpoint, run, use_reentrant=False)
-        # Every layer that one of the two has: the student's layer j stands beside the teacher's layer kept[j].
+        # Every layer that one of the two has: the student's layer j is beside the teacher's layer kept[j].
         layer_of = {k: j for j, k in enumerate(self.trained.kept)}
         by_layer = []
         for i in range(max(len(teacher_layers), self.trained.kept[-1] + 1)):

@@ -332,7 +332,7 @@ def fit_losses(
         # Two terms need projections in the student's space, which only a run with clone losses leaves.
         outputs = [name for name in ("attn_out", "mlp_out") if getattr(losses, f"clone_{name}") == "student"]
         losses = dataclasses.replace(losses, clone_skip=(*clone_skip, *outputs))
-        other = [f"{', '.join(outputs)} (hidden_size {shape.hidden_size}, not {base.hidden_size})"]
+        other = [f"{name} (hidden_size {shape.hidden_size}, not {base.hidden_size})" for name in outputs]
     if other and clone_weight and not eval_only:
         print0(f"clone losses left out: {', '.join(other)}")
     return student, losses
