@@ -3,7 +3,7 @@
     python tools/study.py                                 # runs what is missing, then the table
     python tools/study.py --run=False                     # the commands, and the table of what is there
     python tools/study.py --variants='("ours", "best")' --seeds="(3,)"
-    OMP_NUM_THREADS=2 python tools/study.py --base=config/study/smollm2.py --variants='("rate_3e_4",)'
+    OMP_NUM_THREADS=2 python tools/study.py --base=config/study/smollm2.py --variants='("weights",)'
 
 A variant is a name in config/study/variants.py, and may have options behind it: "ours --learning_rate=1e-3".
 Its run is train.py with BASE and its options; the command is printed. It goes into VARIANT_SEED of BASE's

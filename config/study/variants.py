@@ -16,6 +16,11 @@ _PAPER = {
     "clone_weight": 0.2,  # alpha
     "clone_scale": "none",
     "clone_attn_out": "teacher",  # as their code computes it; the paper's formula is "student"
+    # Of a base that has more than train.py's defaults:
+    "init_from": None,
+    "optimizer": "adamw",
+    "lm_weight": 1.0,
+    "clone_skip": (),
 }
 
 VARIANTS = {
@@ -25,11 +30,33 @@ VARIANTS = {
         "tokenizer": _SCRATCH["tokenizer"],
         "model_config": _SCRATCH["model_config"],
     },
+    # The same for smollm2.py.
+    "scratch_288": {
+        "teacher": None,
+        "init_from": None,
+        "optimizer": "adamw",
+        "lm_weight": 1.0,
+        "tokenizer": "models/SmolLM2-135M-Instruct",
+        "model_config": {
+            "model_type": "llama",
+            "vocab_size": 49152,
+            "hidden_size": 288,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 100000.0,
+            "tie_word_embeddings": True,
+        },
+    },
     "paper": _PAPER,
     "paper_t1": {**_PAPER, "kl_temperature": 1.0, "kl_weight": 1.0},
     # CE and KL alone train random projections: near to "from scratch + KL".
     "no_clone_random": {"init": "random", "clone_weight": 0.0},
-    "init_random": {"init": "random"},
+    "init_random": {"init": "random", "init_from": None},
+    "init_pca": {"init": "pca", "init_from": None},
     "scale_none": {"clone_scale": "none"},
     "temperature_40": {"kl_temperature": 40.0, "kl_weight": 1.0},  # times T², as at T = 1
     "no_clone": {"clone_weight": 0.0},
