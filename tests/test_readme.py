@@ -25,7 +25,6 @@ TEACHER = "needs a teacher that is downloaded"
 # {beginning of a command: options that make it short}
 RUN = {
     "pip install -r requirements.txt && python train.py": QUICK,
-    "python prepare.py --inspect=data/quickstart/corpus": (),
     # The shape of its config is the README's; a small teacher takes seconds in place of half a minute.
     "python tools/plan.py config/lrc_1_5b.py --gpus=8": (
         "--teacher=data/quickstart/teacher", "--student_hidden_size=96", "--seq_len=64",
@@ -46,7 +45,6 @@ RUN = {
 # {beginning of a command: why it is not run}
 NOT_RUN = {
     "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest": "it is this test run",
-    "pip install torch==2.13.0": INSTALL,
     "pip install huggingface_hub": INSTALL,
     "hf download HuggingFaceTB/SmolLM2-135M-Instruct": DOWNLOAD,
     "python prepare.py --tokenizer=models/SmolLM2-135M-Instruct": TEACHER,
@@ -58,20 +56,13 @@ NOT_RUN = {
     "hf download teknium/OpenHermes-2.5": DOWNLOAD,
     "python prepare.py --input='raw/fineweb_edu/**/*.parquet'": "needs data that are downloaded",
     "python prepare.py --input='raw/openhermes/**/*.parquet'": "needs data that are downloaded",
-    "python train.py config/lrc_1_5b.py --micro_batch_size=1": GPUS,
     "torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py config/lrc_1_5b.py": GPUS,
     "torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py config/lrc_4b.py": GPUS,
     "sbatch config/slurm.sh": "needs Slurm",
-    "python sample.py --model=out/smollm2_135m --chat=True": TEACHER,
-    "python convert.py --checkpoint=out/lrc_1_5b": "needs a run on GPUs",
     "hf download HuggingFaceH4/ultrachat_200k": DOWNLOAD,
     "python prepare.py --input='raw/ultrachat/data/train_sft-*.parquet'": "needs data that are downloaded",
     "torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py config/sft_1_5b.py": GPUS,
-    'pip install "lm-eval[hf]"': INSTALL,
-    "python llama.cpp/convert_hf_to_gguf.py": "needs llama.cpp's sources; tools/README.md says what was run",
-    "lm_eval --confirm_run_unsafe_code": "needs a run on GPUs, and downloads its tasks",
-    "lm_eval --model hf": "needs a run on GPUs, and downloads its tasks; test_lm_eval.py runs it",
-    "python -m pytest tests/test_model.py": "it is a part of this test run",
+    "python tools/evaluate.py --out_dir=out/lrc_1_5b": "needs a run on GPUs; test_lm_eval.py runs lm_eval",
     "python tools/from_authors.py": "needs a checkpoint of the authors' code",
 }
 
