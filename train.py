@@ -467,7 +467,7 @@ class Muon:
         self.groups = groups
         self.param_groups = [*groups, *adamw.param_groups]
         self.state = adamw.state  # one dict has the state of every parameter
-        self.found_inf = None  # set by take_step
+        self.found_inf = None  # set by training_step
         for p in (p for group in groups for p in group["params"]):
             self.state[p]["momentum_buffer"] = torch.zeros_like(p.detach())
 

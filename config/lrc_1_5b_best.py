@@ -3,9 +3,8 @@
     python tools/compress.py config/lrc_1_5b_best.py          # the start, in closed form
     torchrun --nproc_per_node=8 train.py config/lrc_1_5b_best.py
 
-In the study free weights beside the projections, or in their place, gain more the longer a run is: that is
---train=both or --train=weights, for more memory. On SmolLM2 no run was long enough to show it.
-At this rate AdamW's first steps undo the start in closed form, on SmolLM2; Muon's do not.
+On SmolLM2 projections by Muon end lowest: 3.734 at 2.5M tokens, --train=weights 3.772, AdamW 3.945.
+At this rate AdamW's first steps undo the start in closed form there; Muon's do not.
 Not yet run at this scale: the study is on teachers of 3M and 135M parameters.
 """
 
