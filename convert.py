@@ -414,9 +414,7 @@ def fingerprint(model: Llama) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_clone(
-    clone: Student, path: Path, teacher: str, tokenizer: str, tensors=None, teacher_fingerprint=None
-) -> None:
+def save_clone(clone: Student, path: Path, teacher: str, tokenizer: str, tensors=None) -> None:
     """Writes the clone's own tensors, and in config.json everything else needed to rebuild it.
 
     tensors: clone.trained.state_dict(), whole, where the clone is sharded.
@@ -428,7 +426,7 @@ def save_clone(
         "model_type": "low_rank_clone",
         "teacher": teacher,
         "teacher_absolute": str(Path(teacher).resolve()),
-        "teacher_fingerprint": teacher_fingerprint or fingerprint(clone.teacher),
+        "teacher_fingerprint": fingerprint(clone.teacher),
         "tokenizer": tokenizer,
         "tokenizer_absolute": tokenizer and str(Path(tokenizer).resolve()),
         "clone": dataclasses.asdict(clone.student_config),
@@ -516,7 +514,7 @@ def has_projections(path: Path) -> bool:
 
 def save_weights(
     model: Student, path: Path, tensors: dict[str, Tensor], tokenizer: str | None, teacher: str | None,
-    teacher_fingerprint: str | None, turn_ends: tuple[int, ...] = (),
+    turn_ends: tuple[int, ...] = (),
 ) -> None:  # fmt: skip
     """Writes the weights of a run's checkpoint; tensors: model.trained.state_dict(), whole. turn_ends: see
     save_model.
@@ -525,7 +523,7 @@ def save_weights(
     (projections, and which neurons are kept) is in a file of its own.
     """
     if model.composes:
-        save_clone(model, path, teacher, tokenizer, tensors, teacher_fingerprint)
+        save_clone(model, path, teacher, tokenizer, tensors)
         return
     save_model(model, path, torch.float32, tokenizer, state=tensors, turn_ends=turn_ends)
     plain = [name for name, _ in weight_names(model.config).values()]

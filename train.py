@@ -818,9 +818,7 @@ def optimizer_state(trained, optimizer) -> dict[str, torch.Tensor]:
     return state
 
 
-def save_checkpoint(
-    model, optimizer, step: int, tokenizer_dir: str | None, teacher_print: str | None
-) -> Path:
+def save_checkpoint(model, optimizer, step: int, tokenizer_dir: str | None) -> Path:
     """out_dir/step_00001000, renamed from another name when whole; OSError on every rank where one fails."""
     from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
 
@@ -835,7 +833,7 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
             (partial / "trainer").mkdir(parents=True)
             ends = turn_ends(tokenizer_dir)
-            convert.save_weights(model, partial, tensors, tokenizer_dir, teacher, teacher_print, ends)
+            convert.save_weights(model, partial, tensors, tokenizer_dir, teacher, ends)
             state = {"step": step, "optimizer_steps": taken, "options": options}
             (partial / "trainer" / "state.json").write_text(json.dumps(state, indent=2))
     except (OSError, SafetensorError) as failure:
@@ -1061,7 +1059,6 @@ def main() -> None:
     start_weights(model, train_data, source, device)
     if eval_only:
         return report_evaluation(model, heldout)
-    teacher_print = convert.fingerprint(model.teacher) if model.teacher else None
     speed_up(model, device)
     make_weights = distribute(model.trained, device)
     optimizer = make_optimizer(model.trained)
@@ -1144,7 +1141,7 @@ def main() -> None:
             print0(f"step {done}, held out: {summary(values)}")
             since = time.perf_counter()
         if save_every and (done % save_every == 0 or last_step):
-            saved = save_checkpoint(model, optimizer, done, tokenizer_dir, teacher_print)
+            saved = save_checkpoint(model, optimizer, done, tokenizer_dir)
             since = time.perf_counter()
         if stopping:
             break
