@@ -33,7 +33,7 @@ ENVIRONMENT = os.environ | {
 
 def options(micro_batch_size, seq_len, **more):
     return {
-        "teacher": SHAPE, "student_hidden_size": 256, "data": None, "max_steps": 2, "seq_len": seq_len,
+        "teacher": SHAPE, "student_hidden_size": 256, "data": None, "max_steps": 1, "seq_len": seq_len,
         "micro_batch_size": micro_batch_size, "global_batch_size": micro_batch_size, "device": "cpu", **more,
     }  # fmt: skip
 
@@ -84,7 +84,7 @@ def page():
 
 def test_memory_is_what_a_run_takes(page, measure):
     """The difference of a large and a small step: the interpreter is in both. fsdp on a mesh of one."""
-    steps = {"ddp": options(4, 256), "fsdp": options(4, 256, parallel="fsdp"), "small": options(1, 16)}
+    steps = {"ddp": options(3, 256), "fsdp": options(3, 256, parallel="fsdp"), "small": options(1, 16)}
     runs = {
         name: start("tools/bench.py", *(f"--{key}={value}" for key, value in step.items()))
         for name, step in steps.items()

@@ -315,7 +315,9 @@ def main() -> None:
     with patch.object(train, "WORLD_SIZE", gpus):
         parts = count_flops()
         # Checkpointing runs layers again, but for what nothing in their backward needs.
-        work = {recompute: sum(count_flops(recompute).values()) for recompute in RECOMPUTE[clone]}
+        work = {"none": sum(parts.values())}
+        for recompute in RECOMPUTE[clone][1:]:
+            work[recompute] = sum(count_flops(recompute).values())
     muon = muon_flops(model, gpus // train.replicas)
     if muon:
         parts["Muon"] = gpus * muon
