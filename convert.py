@@ -71,9 +71,9 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
 }
+BIASES_OF_ALL = ("llama", "qwen3", "smollm3")  # families whose attention_bias is o's too
 # What transformers takes for a field that a family's config.json leaves out, where it is not what it takes
 # for the others.
-BIASES_OF_ALL = ("llama", "qwen3", "smollm3")  # families whose attention_bias is o's too
 DEFAULTS = {
     "qwen3": {"head_dim": 128},
     "smollm3": {
@@ -146,11 +146,10 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
     heads = hf["num_attention_heads"]
     key_value_heads = hf.get("num_key_value_heads") or heads
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
-    no_rope_layers = None
+    rotated_layers = [1] * layers
     if family == "smollm3":
-        interval = hf["no_rope_layer_interval"]
-        every = [int(i % interval != 0) for i in range(1, hf["num_hidden_layers"] + 1)]
-        no_rope_layers = tuple(hf.get("no_rope_layers") or every)
+        every = [int(i % hf["no_rope_layer_interval"] != 0) for i in range(1, layers + 1)]
+        rotated_layers = hf.get("no_rope_layers") or every
     biased = bool(hf.get("attention_bias", False))
     divisor = f"a divisor of num_attention_heads {heads}"
     require(heads % key_value_heads == 0, "num_key_value_heads", key_value_heads, divisor)
@@ -167,7 +166,7 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
         qkv_bias=family == "qwen2" or (biased and not is_mistral),
         o_bias=family in BIASES_OF_ALL and biased,
         qk_norm=family == "qwen3",
-        no_rope_layers=no_rope_layers,
+        no_rope_layers=tuple(rotated_layers[:layers]),
         max_position_embeddings=hf.get("max_position_embeddings", 2048),
         bos_token_id=hf.get("bos_token_id"),
         eos_token_id=hf.get("eos_token_id"),
@@ -185,7 +184,7 @@ def to_hf(config: ModelConfig, weights_dtype: torch.dtype) -> dict:
     hf |= dataclasses.asdict(config)
     for field in ("qkv_bias", "o_bias", "qk_norm", "hf"):
         del hf[field]
-    if config.no_rope_layers is None:
+    if config.model_type != "smollm3":
         del hf["no_rope_layers"]
     hf["architectures"] = [ARCHITECTURES[config.model_type]]
     hf["hidden_act"] = "silu"
@@ -617,10 +616,8 @@ def as_llama(student: Llama) -> Llama:
     config = student.config
     size = config.hidden_size
     heads = config.num_attention_heads
-    if config.qk_norm:
-        raise ValueError(f"arch is llama; a {config.model_type} normalises q and k, which no Llama does")
-    if config.no_rope_layers:
-        raise ValueError("arch is llama; a smollm3 has layers without rotary embeddings, as no Llama has")
+    if config.qk_norm or not all(config.no_rope_layers):
+        raise ValueError(f"arch is llama; no Llama computes what a layer of a {config.model_type} does")
     if size % heads:
         raise ValueError(f"arch is llama; its hidden_size, {size}, must be a multiple of its {heads} heads")
     with torch.device("meta"):

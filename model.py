@@ -54,7 +54,7 @@ class ModelConfig:
     qkv_bias: bool
     o_bias: bool
     qk_norm: bool
-    no_rope_layers: tuple[int, ...] | None  # 1 where a layer has rotary embeddings; None: all have
+    no_rope_layers: tuple[int, ...]  # of each layer, 1 where it has rotary embeddings (the name is theirs)
     max_position_embeddings: int
     bos_token_id: int | None
     eos_token_id: int | list | None
@@ -130,8 +130,7 @@ def layer_contexts(config: ModelConfig, positions: Tensor, mask=None) -> list[tu
     positions: of the tokens, as rope_table takes them. mask: see attention. rope is None in layers without.
     """
     rope = rope_table(config, positions)
-    has_rope = config.no_rope_layers or [1] * config.num_hidden_layers
-    return [(rope if has else None, mask) for has in has_rope]
+    return [(rope if has_rope else None, mask) for has_rope in config.no_rope_layers]
 
 
 def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -643,7 +642,7 @@ def student_shape(teacher: ModelConfig, student: StudentConfig) -> ModelConfig:
         hidden_size=d_s,
         intermediate_size=f_s,
         num_hidden_layers=len(layers),
-        no_rope_layers=teacher.no_rope_layers and tuple(teacher.no_rope_layers[k] for k in layers),
+        no_rope_layers=tuple(teacher.no_rope_layers[k] for k in layers),
         rms_norm_eps=student.student_rms_norm_eps,
         tie_word_embeddings=teacher.tie_word_embeddings and student.tie_head_projection,
     )

@@ -121,7 +121,7 @@ def test_arch_llama_is_advised_where_it_helps_and_refused_where_no_llama_compute
 
     save_random_clone(tmp_path / "qwen3", tmp_path / "teacher3", model_type="qwen3")
     save_random_clone(tmp_path / "odd", tmp_path / "teacher4", 22, model_type="qwen2")
-    for source, words in (("qwen3", "a qwen3 normalises q and k"),
+    for source, words in (("qwen3", "no Llama computes what a layer of a qwen3 does"),
                           ("odd", "its hidden_size, 22, must be a multiple of its 4 heads")):  # fmt: skip
         refused(
             f"arch is llama; {words}", convert, checkpoint=tmp_path / source, out=tmp_path / "x", arch="llama"
