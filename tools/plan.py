@@ -325,6 +325,8 @@ def main() -> None:
     print(f"\nGFLOP a token, of {tokens:,} tokens a step on {gpus} {'GPUs' if gpu else 'processes'}")
     for name, value in (parts | {"all": work["none"]}).items():
         print(f"  {name:20}{value / tokens / 1e9:8.2f}")
+    if muon:
+        print(f"  of Muon's, {muon / 1e12:.2f} TFLOP a step on each of them")
     for recompute, flops in [*work.items()][1:]:
         more = (flops - work["none"]) / tokens / 1e9
         print(f"  {recompute + ' again':20}{more:8.2f}  (besides, with activation_checkpointing={recompute})")
