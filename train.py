@@ -682,6 +682,8 @@ def training_step(model, make_weights, optimizer, blocks, step: int, lr: float, 
         (loss * (WORLD_SIZE + 0.0 * loss.detach())).backward()
     if holds:
         release(model.trained, made, shared)
+    # Freed before the optimizer takes memory of its own.
+    del made, shared
 
     parameters = [*model.trained.parameters()]
     grad_norm = unshard(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
