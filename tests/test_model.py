@@ -21,16 +21,7 @@ from torch.nn.attention import varlen
 import convert
 import model
 import train
-from model import (
-    ChunkedLoss,
-    GatedLinear,
-    Llama,
-    LossConfig,
-    MeanSquaredError,
-    ModelConfig,
-    Student,
-    StudentConfig,
-)
+from model import ChunkedLoss, GatedLinear, Llama, LossConfig, Student, StudentConfig
 
 
 def relative(actual, expected) -> float:
@@ -110,36 +101,6 @@ def random_batch(batch, length, vocab_size=96, seed=2):
     return ids[:, :-1], labels
 
 
-def test_files_that_cannot_be_a_model_are_refused(tmp_path):
-    save_teacher(tmp_path / "teacher")
-    config = tmp_path / "teacher/config.json"
-    whole = config.read_text()
-    config.write_text("[1]")
-    with pytest.raises(ValueError, match="holds no JSON object"):
-        convert.load_model(tmp_path / "teacher")
-    config.write_text(json.dumps(json.loads(whole) | {"num_hidden_layers": 10**9}))
-    with pytest.raises(ValueError, match="num_hidden_layers is 1000000000; this code supports at most 10000"):
-        convert.load_model(tmp_path / "teacher")
-    config.write_text(whole)
-    index = {"weight_map": {"norm": "../elsewhere.safetensors"}}
-    (tmp_path / "teacher/model.safetensors").rename(tmp_path / "elsewhere.safetensors")
-    (tmp_path / "teacher/model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"names \.\./elsewhere.safetensors, which is not a file of its"):
-        convert.load_model(tmp_path / "teacher")
-
-
-# ---- the authors' numbers
-
-
-@pytest.mark.parametrize("case", ["A_i", "A_ii", "B_i", "C_i"])
-def test_golden_numbers(case):
-    import check
-
-    errors = check.golden_errors(case)
-    # Both sides are float32 in another order of summation: about 1e-6, and room for another machine.
-    assert max(errors.values()) < 1e-5, errors
-
-
 # ---- transformers
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -179,48 +140,13 @@ def test_logits_equal_transformers(name, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | style))
         ours = convert.load_model(tmp_path)
         assert (ours(ids) - expected).abs().max() < LOGIT_TOLERANCE, style
-    # The comparison sees each of these.
-    changes = [{"rms_norm_eps": 1e-2}, {"rope_theta": 1e4}]
-    if rope["rope_type"] != "default":
-        changes.append({"rope_scaling": None})
-    for change in changes:
-        other = Llama(ModelConfig(**(vars(ours.config) | change)))
-        other.load_state_dict(ours.state_dict())
-        assert (other(ids) - expected).abs().max() > 10 * LOGIT_TOLERANCE, change
     # And back: transformers reads what save_model writes.
     save(ours, tmp_path / "saved")
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert (back(ids).logits - expected).abs().max() < LOGIT_TOLERANCE
 
 
-@torch.no_grad()
-def test_cached_logits_equal_the_whole_sequence():
-    llama = random_llama()
-    ids, _ = random_batch(2, 12)
-    shape = (2, llama.config.num_key_value_heads, 12, llama.config.head_dim)
-    keys_values = [(torch.zeros(shape), torch.zeros(shape)) for _ in llama.layers]
-    sees = torch.ones(12, 12, dtype=torch.bool).tril()
-    for start, end in [(0, 8), (8, 9), (9, 12)]:  # prompt, one token, several: those need a mask
-        caches, mask = [(*pair, start) for pair in keys_values], sees[9:] if start == 9 else None
-        contexts = model.layer_contexts(llama.config, torch.arange(start, end), mask)
-        part = llama(ids[:, start:end], contexts=contexts, caches=caches)
-        assert (part - llama(ids)[:, start:end]).abs().max() < LOGIT_TOLERANCE
-
-
 # ---- loading
-
-
-def test_sharded_equals_single_file(tmp_path):
-    llama = random_llama()
-    save(llama, tmp_path / "one")
-    save(llama, tmp_path / "many", max_shard_bytes=10_000)
-    assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 2
-    one, many = convert.load_model(tmp_path / "one"), convert.load_model(tmp_path / "many")
-    for name, weight in llama.state_dict().items():
-        assert torch.equal(one.state_dict()[name], weight) and torch.equal(many.state_dict()[name], weight)
-    next((tmp_path / "many").glob("model-00002-*")).unlink()
-    with pytest.raises(ValueError, match=r"model-00002-of-.* does not exist, but .* names it"):
-        convert.load_model(tmp_path / "many")
 
 
 def test_wrong_weights_are_named_and_a_truncated_file_refused(tmp_path):
@@ -238,6 +164,11 @@ def test_wrong_weights_are_named_and_a_truncated_file_refused(tmp_path):
     assert "model.norm.weight is [31], config.json says [32]" in str(error.value)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors is truncated"):
+        convert.load_model(tmp_path)
+    index = {"weight_map": {"norm": f"../{tmp_path.name}/model.safetensors"}}
+    file.rename(tmp_path / "model-1.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"names \.\./.*, which is not a file of its directory"):
         convert.load_model(tmp_path)
 
 
@@ -257,11 +188,16 @@ def test_wrong_weights_are_named_and_a_truncated_file_refused(tmp_path):
         ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
         ("quantization_config", {"quantization_config": {"quant_method": "awq"}}),
         ("hidden_size", {"hidden_size": 0}),
+        # more than there are addresses for: a tuple of the layers alone has no memory
+        ("num_hidden_layers is .* supports at most 10000", {"num_hidden_layers": 10**18}),
     ],
 )
 def test_unsupported_config_names_the_field(field, changes, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny(**changes)))
     with pytest.raises(ValueError, match=f"config.json: {field}"):
+        convert.load_model(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="holds no JSON object"):
         convert.load_model(tmp_path)
 
 
@@ -293,43 +229,28 @@ def loss_inputs(dtype=torch.float32):
 @pytest.mark.parametrize("teacher", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 40.0])
 @pytest.mark.parametrize("chunk", [1, 5, 64])
-def test_chunked_loss_equals_the_formula(chunk, temperature, teacher):
-    hidden, head, labels, *teacher_inputs = loss_inputs()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunked_loss_equals_the_formula(dtype, chunk, temperature, teacher):
+    hidden, head, labels, *teacher_inputs = loss_inputs(dtype)
     scales = 0.7, 0.3, temperature
     x, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     inputs = teacher_inputs if teacher else (None, None)
     loss, lm, kl, teacher_lm, _ = ChunkedLoss.apply(x, w, labels, *inputs, scales, chunk, model.chunk_loss)
     (3 * loss).backward()
-    x64, w64 = hidden.double().requires_grad_(), head.double().requires_grad_()
-    teacher_z = teacher_inputs[0].double() @ teacher_inputs[1].double().T if teacher else None
-    expected, expected_lm, expected_kl = direct_loss(x64 @ w64.T, labels, teacher_z, *scales)
+    # Float32 against float64: rounding of 6e-8 in sums of some 50 terms. Of bfloat16 the same logits, then
+    # float32; its gradients leave in bfloat16: one rounding, 2^-8, either way.
+    wide, limit = (torch.float64, 1e-5) if dtype == torch.float32 else (dtype, 2**-7)
+    own, theirs = ([t.to(wide) for t in pair] for pair in ((hidden, head), teacher_inputs))
+    z = own[0].requires_grad_() @ own[1].requires_grad_().T
+    z, teacher_z = (t.to(torch.promote_types(wide, torch.float32)) for t in (z, theirs[0] @ theirs[1].T))
+    expected, expected_lm, expected_kl = direct_loss(z, labels, teacher_z if teacher else None, *scales)
     (3 * expected).backward()
-    # Ours in float32 against float64: rounding of 6e-8 in sums of some 50 terms.
     assert relative(loss, expected) < 1e-5 and relative(lm, expected_lm) < 1e-5
-    assert relative(x.grad, x64.grad) < 1e-5 and relative(w.grad, w64.grad) < 1e-5
+    assert relative(x.grad, own[0].grad) < limit and relative(w.grad, own[1].grad) < limit
     if teacher:
         assert relative(kl, expected_kl) < 1e-5
         if temperature == 1.0:
             assert relative(teacher_lm, direct_loss(teacher_z, labels, None, *scales)[1]) < 1e-5
-
-
-@pytest.mark.parametrize("temperature", [1.0, 40.0])
-def test_chunked_loss_in_bfloat16(temperature):
-    hidden, head, labels, teacher_hidden, teacher_head = loss_inputs(torch.bfloat16)
-    scales = 0.7, 0.3, temperature
-    x, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-    loss, lm, kl, *_ = ChunkedLoss.apply(
-        x, w, labels, teacher_hidden, teacher_head, scales, 5, model.chunk_loss
-    )
-    loss.backward()
-    x_direct, w_direct = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-    z, teacher_z = (x_direct @ w_direct.T).float(), (teacher_hidden @ teacher_head.T).float()
-    expected, expected_lm, expected_kl = direct_loss(z, labels, teacher_z, *scales)
-    expected.backward()
-    # The same bfloat16 logits, then float32. Gradients leave in bfloat16: one rounding, 2^-8, either way.
-    assert relative(loss, expected) < 1e-5 and relative(lm, expected_lm) < 1e-5
-    assert relative(kl, expected_kl) < 1e-5
-    assert relative(x.grad, x_direct.grad) < 2**-7 and relative(w.grad, w_direct.grad) < 2**-7
 
 
 def test_rms_norm_is_float32_inside():
@@ -337,20 +258,6 @@ def test_rms_norm_is_float32_inside():
     x, weight = x.bfloat16(), weight.bfloat16()
     wide = x.float() * (x.float().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.float()
     assert torch.equal(model.rms_norm(x, weight, 1e-5), wide.bfloat16())
-
-
-def test_loss_head_averages_over_labels_and_tokens():
-    hidden, head, labels, teacher_hidden, teacher_head = loss_inputs()
-    result = model.head_loss(
-        hidden[None], head, labels[None], (teacher_hidden[None], teacher_head), 0.5, 2.0, 40.0
-    )
-    teacher_z = teacher_hidden @ teacher_head.T
-    _, lm, kl = direct_loss(hidden @ head.T, labels, teacher_z, 1.0, 1.0, 40.0)
-    assert relative(result["lm"], lm.sum() / 19) < 1e-5  # 19 of the 23 have a label
-    assert relative(result["kl"], kl.mean()) < 1e-5
-    assert relative(result["loss"], 0.5 * lm.sum() / 19 + 2.0 * 40.0**2 * kl.mean()) < 1e-5
-    unlabelled = model.head_loss(hidden[None], head, torch.full_like(labels, -100)[None])
-    assert unlabelled["loss"] == 0
 
 
 def doubles(*shapes):
@@ -365,19 +272,6 @@ def test_gated_linear():
     assert torch.autograd.gradcheck(GatedLinear.apply, inputs)
     frozen = weight.detach()
     assert torch.autograd.gradcheck(lambda gate, up: GatedLinear.apply(gate, up, frozen), (gate, up))
-
-
-@pytest.mark.parametrize("projected", [False, True])
-def test_mean_squared_error(projected):
-    student, projection, teacher = doubles((2, 3, 4), (6, 4), (2, 3, 6 if projected else 4))
-    teacher = teacher.detach()
-    inputs = (student, projection) if projected else (student,)
-    ours = MeanSquaredError.apply(student, teacher, projection if projected else None)
-    plain = (student - (teacher @ projection if projected else teacher)).square().mean()
-    grads, expected = torch.autograd.grad(3 * ours, inputs), torch.autograd.grad(3 * plain, inputs)
-    # The mean is taken in float32, whatever comes in.
-    assert relative(ours, plain) < 1e-6
-    assert all(relative(a, b) < 1e-6 for a, b in zip(grads, expected, strict=True))
 
 
 # ---- the clone
@@ -486,9 +380,6 @@ def test_skipped_terms_and_layers():
 
 
 def test_a_term_that_there_is_not_is_refused(monkeypatch):
-    monkeypatch.setattr(train, "clone_skip", ("gates",))
-    with pytest.raises(ValueError, match=r"clone_skip is \('gates',\); allowed"):
-        train.loss_config()
     monkeypatch.setattr(train, "share_gate_up", True)  # which has no term of gate
     monkeypatch.setattr(train, "clone_skip", ("gate",))
     with pytest.raises(ValueError, match=r"allowed: \('q', 'k', 'v', 'attn_out', 'mlp_in', 'mlp_out'\)"):
@@ -503,6 +394,7 @@ def test_micro_batches_add_up_to_the_batch():
     whole["loss"].backward()
     expected = {name: p.grad.clone() for name, p in trained(clone).items()}
     clone.zero_grad()
+    assert clone.loss(ids[:1], labels[:1])["lm"] == 0  # by itself too
     made, sums = clone.make(), dict.fromkeys(("loss", "lm", "kl", "clone"), 0.0)
     held, num_labels = train.hold(made, accumulate=True), (labels != -100).sum()
     for row in range(8):
@@ -547,62 +439,15 @@ def test_pca_loses_nothing_of_a_teacher_that_uses_half_of_its_stream(rotated):
     assert relative(clone(ids), teacher(ids)) > 0.1
 
 
-# ---- checkpoints of a clone
-
-
-def save_teacher(path, seed=0, dtype=torch.float32) -> Llama:
-    save(random_llama(seed), path, dtype)
-    return convert.load_model(path)
-
-
-def test_clone_round_trip(tmp_path):
-    options = {"share_qkv": True, "tie_head_projection": False, "clone_skip": ("up",), "kl_temperature": 2.0}
-    clone = random_clone(save_teacher(tmp_path / "teacher"), **options)
-    convert.save_clone(clone, tmp_path / "clone", str(tmp_path / "teacher"), "tokenizer")
-    assert convert.is_clone(tmp_path / "clone") and not convert.is_clone(tmp_path / "teacher")
-    loaded = convert.load_clone(tmp_path / "clone")
-    assert loaded.student_config == clone.student_config and loaded.config == clone.config
-    for name, weight in clone.named_parameters():
-        again = loaded.get_parameter(name)
-        assert torch.equal(again, weight) and again.requires_grad == weight.requires_grad, name
-
-
-def test_clone_finds_only_its_own_teacher(tmp_path):
-    clone = random_clone(save_teacher(tmp_path / "teacher"))
-    convert.save_clone(clone, tmp_path / "clone", str(tmp_path / "teacher"), "tokenizer")
-    (tmp_path / "teacher").rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"its teacher .*teacher is not there; say where with --teacher=DIR"):
-        convert.load_clone(tmp_path / "clone")
-    convert.load_clone(tmp_path / "clone", teacher=str(tmp_path / "moved"))
-    save_teacher(tmp_path / "other", seed=5)
-    with pytest.raises(ValueError, match="other is not the teacher it was trained with"):
-        convert.load_clone(tmp_path / "clone", teacher=str(tmp_path / "other"))
-
-
 def test_fingerprint_is_of_the_weights_alone(tmp_path):
     for dtype in (torch.bfloat16, torch.float32):  # of the file
-        teacher = save_teacher(tmp_path, dtype=dtype)
-        assert convert.fingerprint(teacher) == convert.fingerprint(
-            convert.load_model(tmp_path, torch.bfloat16)
-        )
+        save(random_llama(), tmp_path, dtype)
+        teacher, half = convert.load_model(tmp_path), convert.load_model(tmp_path, torch.bfloat16)
+        assert convert.fingerprint(teacher) == convert.fingerprint(half)
     for name in teacher.state_dict():
         tuned = convert.load_model(tmp_path)
         tuned.get_parameter(name).data.mul_(1.05)  # bfloat16 tells values 1/128 apart
         assert convert.fingerprint(tuned) != convert.fingerprint(teacher), name
-
-
-def test_bfloat16_clone_is_close_to_float32(tmp_path):
-    save_teacher(tmp_path / "teacher", dtype=torch.bfloat16)
-    clone = random_clone(convert.load_model(tmp_path / "teacher"))
-    convert.save_clone(clone, tmp_path / "clone", str(tmp_path / "teacher"), "tokenizer")
-    half = random_clone(convert.load_model(tmp_path / "teacher", torch.bfloat16))
-    convert.load_weights(tmp_path / "clone", half)
-    batch = random_batch(4, 32)
-    ours, expected = half.loss(*batch), clone.loss(*batch)
-    for name in ("lm", "kl", "clone"):  # a few roundings of 2^-8, averaged over tokens
-        assert relative(ours[name], expected[name]) < 0.03, name
-    ours["loss"].backward()
-    assert all(p.grad.dtype == torch.float32 for p in trained(half).values())
 
 
 @pytest.mark.parametrize("how", ["inductor", "aot_eager", "student", "both"])
@@ -624,36 +469,12 @@ def test_compiled_and_checkpointed_layers_change_nothing(how):
         assert relative(p.grad, gradients[name]) < TOLERANCE, name
 
 
-@pytest.mark.parametrize("temperature", [1.0, 40.0])
-def test_loss_head_gradcheck(temperature):
-    """In float64, where finite differences can tell a wrong gradient."""
-    generator = torch.Generator().manual_seed(0)
-    x, w, teacher_x, teacher_w = (
-        torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in ((7, 4), (11, 4), (7, 6), (11, 6))
-    )
-    labels = torch.tensor([3, -100, 0, 10, 5, -100, 1])
-
-    def loss(x, w):
-        scales = 0.3, 0.2, temperature
-        return ChunkedLoss.apply(x, w, labels, teacher_x, teacher_w, scales, 3, model.chunk_loss)[0]
-
-    loss(x.requires_grad_(), w.requires_grad_()).backward()
-    with torch.no_grad():  # central differences; torch's gradcheck would run backward twice on one graph
-        for value in (x, w):
-            for i in range(value.numel()):
-                step = torch.zeros_like(value).view(-1)
-                step[i] = 1e-6
-                higher, lower = (
-                    loss(*(v + s * step.view_as(v) if v is value else v for v in (x, w))) for s in (1, -1)
-                )
-                assert value.grad.view(-1)[i] == pytest.approx(((higher - lower) / 2e-6).item(), abs=1e-6)
-
-
 def test_masked_documents_do_not_see_each_other():
     clone, (ids, labels) = random_clone(), random_batch(1, 12)
     labels[:] = labels.clamp(min=0)
     documents = model.document_layout(np.array([[0] * 5 + [1] * 7]), torch.device("cpu"))
+    # Attention alone cannot tell that positions restart, since rotary ones are relative.
+    assert documents[0].tolist() == [[[*range(5), *range(7)]]]
     together = clone.loss(ids, labels, documents=documents)
     apart = [clone.loss(ids[:, part], labels[:, part]) for part in (slice(0, 5), slice(5, 12))]
     expected = torch.cat([losses["token_lm"] for losses in apart], dim=1)
@@ -790,12 +611,6 @@ def test_flops_are_those_of_the_formulas(options, monkeypatch):
     if train.share_qkv:
         by_layer += 2 * 2 * 32 * 16
     assert parts["clone losses"] == tokens * 2 * by_layer
-
-
-def test_positions_restart_with_each_document():
-    """Attention alone cannot tell, since rotary positions are relative."""
-    positions, _ = model.document_layout(np.array([[7, 7, 7, 8, 9, 9]]), torch.device("cpu"))
-    assert positions.tolist() == [[[0, 1, 2, 0, 0, 1]]]
 
 
 @pytest.mark.parametrize(("accumulate", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
