@@ -1,24 +1,27 @@
 """The scripts end to end, through their command lines: a random two-layer teacher and generated text."""
 
 import json
-import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import BUNDLED, DOCUMENTS, ROOT, SHAPE, clone_options, metrics, run, succeed
+from conftest import BUNDLED, DOCUMENTS, ROOT, SHAPE, clone_options, launch, metrics, run, succeed
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from test_convert import call, refused, transformers_model
+from test_model import plain_student, random_llama
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import convert
+import sample
 import train
+from configurator import configure
 from prepare import Mixture
 from sample import generate, pick
 
@@ -28,29 +31,12 @@ def in_parallel(calls):
         return list(pool.map(lambda call: run(*call), calls))
 
 
-def transformers_model(path):
-    """The directory as transformers loads it, which must find every weight and nothing else."""
-    loaded, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
-    assert not any(info.values()), info
-    return loaded.eval()
+def last(out_dir):
+    return convert.checkpoints(out_dir)[-1]
 
 
 def ids_of(*shape):
     return torch.randint(1, 4096, shape, generator=torch.Generator().manual_seed(5))
-
-
-def read_split(corpus, split):
-    shards = json.loads((corpus / "meta.json").read_text())["splits"][split]
-    arrays = [np.load(corpus / shard["file"]) for shard in shards]
-    assert [len(array) for array in arrays] == [shard["tokens"] for shard in shards]
-    return arrays
-
-
-def documents_of(corpus, split, eos=0):
-    """The documents of a split as lists of ids, each without its EOS."""
-    ids = np.concatenate(read_split(corpus, split))
-    assert ids[-1] == eos
-    return [part.tolist() for part in np.split(ids, np.flatnonzero(ids == eos) + 1)[:-1]]
 
 
 def plain_options(teacher, corpus, out_dir, *more):
@@ -89,131 +75,54 @@ def runs(work, teacher, corpus):
 
 @pytest.fixture(scope="module")
 def exported(work, runs):
-    """The clone's checkpoint as convert.py writes it, in float32 and in bfloat16."""
-    outs = {dtype: work / f"student_{dtype}" for dtype in ("float32", "bfloat16")}
-    done = in_parallel(
-        [("convert.py", f"--checkpoint={runs['clone']}", f"--out={out}", f"--dtype={dtype}")
-         for dtype, out in outs.items()]
-    )  # fmt: skip
-    for result in done:
-        assert result.returncode == 0, result.stderr
-    return outs
+    """The clone's checkpoint as convert.py writes it, in float32."""
+    call(convert, checkpoint=runs["clone"], out=work / "student")
+    return work / "student"
 
 
-# ---- prepare
+# ---- prepare, convert, transformers
 
 
-def test_prepare_keeps_every_document_once(corpus, teacher):
-    tokenizer = Tokenizer.from_file(str(teacher / "tokenizer.json"))
-    found = {split: documents_of(corpus, split) for split in ("tokens", "heldout")}
-    texts = {split: [tokenizer.decode(ids[:-1]) for ids in found[split]] for split in found}
-    held = set(texts["heldout"])
-    assert texts["tokens"] == [document for document in DOCUMENTS if document not in held]
-    assert texts["heldout"] == [document for document in DOCUMENTS if document in held]
-    assert 10 <= len(held) <= 40  # 0.2 of 120, give or take four standard deviations
-
-    meta = json.loads((corpus / "meta.json").read_text())
-    assert meta["documents"] == {split: len(texts[split]) for split in texts}
-    assert meta["vocab_size"] == 4096 and meta["eos_id"] == 0 and meta["bos_ids"] == []
-    arrays = read_split(corpus, "tokens")
-    assert all(array.dtype == np.uint16 for array in arrays)
-    assert len(arrays) > 2  # a shard of each work unit
-    log = corpus.with_name("corpus.log").read_text()
-    for split in found:
-        assert f"{len(texts[split]):,} documents, {sum(map(len, found[split])):,} tokens" in log
+def test_prepare_says_what_it_made(corpus):
+    meta, log = json.loads((corpus / "meta.json").read_text()), corpus.with_name("corpus.log").read_text()
+    assert sum(meta["documents"].values()) == len(DOCUMENTS) and meta["vocab_size"] == 4096
+    for split, shards in meta["splits"].items():
+        tokens = sum(shard["tokens"] for shard in shards)
+        assert f"{meta['documents'][split]:,} documents, {tokens:,} tokens" in log
+        assert all(np.load(corpus / shard["file"]).dtype == np.uint16 for shard in shards)
 
 
-def test_prepare_puts_bos_first_and_splits_by_content(work, corpus, teacher):
-    """A tokenizer that adds a BOS, and the documents in another order and format: the same split."""
-    shutil.copytree(teacher, work / "bos_teacher")
-    tokenizer = Tokenizer.from_file(str(teacher / "tokenizer.json"))
-    bos = tokenizer.token_to_id("!")
-    tokenizer.post_processor = TemplateProcessing(single="! $A", special_tokens=[("!", bos)])
-    tokenizer.save(str(work / "bos_teacher/tokenizer.json"))
-    (work / "back.jsonl").write_text(
-        "".join(json.dumps({"text": document}) + "\n" for document in reversed(DOCUMENTS))
-    )
-    succeed("prepare.py", f"--input={work}/back.jsonl", f"--out={work}/back",
-            f"--tokenizer={work}/bos_teacher", "--heldout_fraction=0.2")  # fmt: skip
-    for split in ("tokens", "heldout"):
-        expected = [[bos, *document] for document in reversed(documents_of(corpus, split))]
-        assert documents_of(work / "back", split) == expected
-
-
-# ---- clone, convert, transformers
-
-
-def test_clone_converts_to_a_transformers_model(runs, exported):
-    clone = convert.load_clone(runs["clone"] / "step_00000020")
-    student = transformers_model(exported["float32"])
-    assert student.config.hidden_size == 24 and student.config.vocab_size == 4096
-    ids = ids_of(2, 40)
-    with torch.no_grad():
-        torch.testing.assert_close(student(ids).logits, clone(ids), rtol=0, atol=1e-4)
-    text = DOCUMENTS[4]
-    ours = Tokenizer.from_file(str(BUNDLED / "tokenizer.json")).encode(text, add_special_tokens=False).ids
-    assert AutoTokenizer.from_pretrained(exported["float32"])(text)["input_ids"] == ours
-
-
-def test_convert_to_bfloat16_rounds_the_weights_once(exported):
-    full, half = (load_file(out / "model.safetensors") for out in exported.values())
+def test_convert_to_bfloat16_rounds_the_weights_once(exported, tmp_path):
+    call(convert, checkpoint=exported, out=tmp_path / "half", dtype="bfloat16")
+    full, half = (load_file(out / "model.safetensors") for out in (exported, tmp_path / "half"))
     assert full.keys() == half.keys()
     for name, weight in full.items():
         assert weight.dtype == torch.float32 and half[name].dtype == torch.bfloat16
         assert torch.equal(half[name], weight.bfloat16()), name
-    assert transformers_model(exported["bfloat16"]).dtype == torch.bfloat16
-    assert convert.load_model(exported["bfloat16"]).config == convert.load_model(exported["float32"]).config
+    assert transformers_model(tmp_path / "half").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("which", ["student", "teacher"])
-def test_greedy_decoding_is_transformers(which, exported, teacher):
-    path = exported["float32"] if which == "student" else teacher
-    ours, theirs = convert.load_model(path), transformers_model(path)
-
-    def both(prompts, new, stop):
-        width = max(map(len, prompts))
-        padded = torch.tensor([[1] * (width - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        expected = theirs.generate(padded, attention_mask=mask, max_new_tokens=new, do_sample=False,
-                                   eos_token_id=stop, pad_token_id=stop)[:, width:].tolist()  # fmt: skip
-        expected = [row[: row.index(stop)] if stop in row else row for row in expected]
-        steps = list(generate(ours, prompts, new, stop_ids=(stop,)))
-        return expected, [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
-
-    prompts = [ids_of(1, length)[0].tolist() for length in (11, 3, 7)]
-    expected, found = both(prompts[:1], 40, 0)
-    assert found == expected and len(found[0]) == 40
-    expected, found = both(prompts, 24, 0)
-    assert found == expected and len({tuple(row) for row in found}) == 3
-    stop = found[1][4]  # the second row ends early, the others go on unless they meet it too
-    expected, found = both(prompts, 24, stop)
-    assert found == expected and len(found[1]) <= 4
-
-
-def test_cut_students_and_those_of_own_weights_are_transformers_models(work, runs, teacher):
+def test_checkpoints_and_exports_are_transformers_models(work, runs):
     """Of a clone with fewer layers the export, of own weights the checkpoint itself; either is sampled."""
-    succeed("convert.py", f"--checkpoint={runs['muon']}", f"--out={work}/student_muon")
+    call(convert, checkpoint=runs["muon"], out=work / "student_muon")
     original = convert.load_checkpoint(runs["muon"] / "step_00000020").merge()
-    saved = runs["weights"] / "step_00000020"
-    ids = ids_of(2, 40)
-    for path, ours in ((work / "student_muon", original), (saved, convert.load_model(saved))):
-        with torch.no_grad():
-            expected = transformers_model(path)(ids).logits
-            torch.testing.assert_close(ours(ids), expected, rtol=0, atol=1e-4)
     assert len(original.layers) == 1
+    pairs = [(path, convert.load_model(path)) for path in (last(runs["plain"]), last(runs["weights"]))]
+    for path, ours in ((work / "student_muon", original), *pairs):
+        with torch.no_grad():
+            expected = transformers_model(path)(ids_of(2, 40)).logits
+            torch.testing.assert_close(ours(ids_of(2, 40)), expected, rtol=0, atol=1e-4)
+    assert "def " in runs["plain"].with_name("plain.log").read_text()  # the sample at its end
     for name in ("muon", "weights"):
         assert succeed("sample.py", f"--model={runs[name]}", "--max_new_tokens=4", "--prompt=x").stdout
 
 
-def test_free_weights_go_on_from_clones_and_any_model(work, runs, corpus, teacher):
+def test_runs_go_on_from_clones_and_any_model(work, runs, corpus, teacher):
     """From a clone's checkpoint as it ended; from a model of another shape with a word on what it lacks."""
-    start = f"--init_from={runs['clone']}"
-    succeed("train.py", *weights_options(teacher, corpus, work / "switched", start, "--max_steps=5"))
-    assert metrics(work / "switched")[0]["loss"] < metrics(runs["clone"])[0]["loss"]
-    start = f"--init_from={runs['muon']}"
-    done = run("train.py", *weights_options(teacher, corpus, work / "wrong", start))
-    assert done.returncode == 2
-    assert "has the teacher's layers (1,)" in done.stderr.splitlines()[-1]
+    for name, options_of in (("switched", weights_options), ("further", clone_options)):
+        more = (f"--init_from={runs['clone']}", "--max_steps=5")
+        succeed("train.py", *options_of(teacher, corpus, work / name, *more))
+        assert metrics(work / name)[0]["loss"] < metrics(runs["clone"])[0]["loss"]
     # The layers that these options name are not the model's: it has another number of them.
     options = ("--train=weights", f"--init_from={runs['plain']}", "--max_steps=5", "--student_layers=(0,)")
     done = succeed("train.py", *clone_options(teacher, corpus, work / "any", *options))
@@ -221,18 +130,7 @@ def test_free_weights_go_on_from_clones_and_any_model(work, runs, corpus, teache
     assert not [name for name in metrics(work / "any")[0] if name.startswith("clone_")]
 
 
-# ---- plain models, resume, metrics
-
-
-def test_plain_checkpoint_is_a_transformers_directory(runs, teacher):
-    path = runs["plain"] / "step_00000004"
-    ids, theirs = ids_of(2, 40), transformers_model(path)
-    assert type(theirs) is LlamaForCausalLM and not theirs.config.tie_word_embeddings
-    with torch.no_grad():
-        expected = theirs(ids).logits
-        torch.testing.assert_close(convert.load_model(path)(ids), expected, rtol=0, atol=1e-4)
-    assert (path / "tokenizer.json").read_bytes() == (teacher / "tokenizer.json").read_bytes()
-    assert "def " in runs["plain"].with_name("plain.log").read_text()  # the sample at its end
+# ---- resume, metrics
 
 
 @pytest.fixture(scope="module")
@@ -312,32 +210,84 @@ def test_evaluations_are_of_the_saved_weights_at_temperature_1(runs, corpus):
         assert last[name] == pytest.approx(value.item(), rel=1e-4), name
 
 
-def test_what_would_spoil_a_run_is_refused(work, runs, teacher, corpus):
-    """A second run in its directory, other data or options when it goes on, another tokenizer's data."""
-    other = work / "other_tokenizer"
-    shutil.copytree(teacher, other)
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
+def test_what_would_spoil_a_run_is_refused(work, runs, teacher, corpus, monkeypatch):
+    """Before it makes its directory; and a second run in the directory of one leaves that as it is."""
+    other, broken = (Path(shutil.copytree(teacher, work / name)) for name in ("other", "broken"))
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
     first, second = list(vocabulary)[10:12]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    LlamaForCausalLM(LlamaConfig(**(SHAPE | {"vocab_size": 512}))).save_pretrained(work / "tiny")
+    monkeypatch.setenv("CXX", "no-compiler")
+
     again = clone_options(teacher, corpus, runs["clone"])
-    new = clone_options(teacher, corpus, work / "none", f"--tokenizer={other}")
+    new = clone_options(teacher, corpus, work / "none")
+    tiny = clone_options(BUNDLED, corpus, work / "none", f"--init_from={work / 'tiny'}", "--eval_only=True")
     calls = {
         "holds a run: go on with --resume=True": again,
         "has seed = 1, not 7; a resumed run must keep it": (*again, "--resume=True", "--seed=7"),
         "has calibration_tokens = ": (*again, "--resume=True", "--calibration_tokens=64"),
-        f"whose vocabulary is not {other}'s": new,
+        f"whose vocabulary is not {other}'s": (*new, f"--tokenizer={other}"),
+        "other has another vocabulary than": (*new, "--train=weights", f"--init_from={other}"),
+        "model.layers.1.mlp.up_proj.weight holds a value that is not finite": (*new, f"--teacher={broken}"),
+        "tiny has 512 tokens; the teacher has 4096": tiny,
+        "the model has 512": (*tiny, "--teacher=None", f"--tokenizer={teacher}"),
+        "random tokens are for tools/bench.py": (*new, "--data=None"),
+        "compile needs a C++ compiler": (*new, "--compile=True"),
     }
     before = (runs["clone"] / "metrics.jsonl").read_text()
-    for message, done in zip(
-        calls, in_parallel([("train.py", *call) for call in calls.values()]), strict=True
-    ):
-        assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
+    for message, options in calls.items():
+        values = configure({"__file__": str(ROOT / "train.py")}, [*options])
+        monkeypatch.setattr(train, "options", values, raising=False)
+        refused(re.escape(message), train, **values)
+    refused(r"compile needs a C\+\+ compiler", sample, model=BUNDLED, compile=True)
     assert (runs["clone"] / "metrics.jsonl").read_text() == before and not (work / "none").exists()
 
 
+def test_wandb_never_stops_a_run(work, corpus, teacher, monkeypatch, capsys):
+    """A stand-in for the package, which keeps what it is given and then fails; and none."""
+    kept = work / "wandb.jsonl"
+    (work / "wandb").mkdir()
+    (work / "wandb/wandb.py").write_text(f"""
+import json
+class Run:
+    def log(self, values, step):
+        open({str(kept)!r}, "a").write(json.dumps([step, values]) + "\\n")
+        raise RuntimeError("no network")
+def init(project, name, tags, config, resume):
+    assert project == "low-rank-clone" and name == "trial" and tags == ("a",) and config["seed"] == 1
+    return Run()
+""")
+    monkeypatch.setenv("PYTHONPATH", str(work / "wandb"))
+    named = ("--wandb=True", "--run_name=trial", "--tags=('a',)")
+    short = ("--max_steps=2", "--log_every=1", "--save_every=0")
+    succeed("train.py", *clone_options(teacher, corpus, work / "logged", *named, *short))
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [line for _, line in lines] == metrics(work / "logged")
+    assert [step for step, _ in lines] == [1, 2, 2]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(train, "wandb", True)
+    train.start_wandb()(1, {})
+    assert "wandb is off: " in capsys.readouterr().out
+
+
 # ---- sampling
+
+
+def test_rows_end_at_their_stop_ids():
+    """The second row ends early, the others go on unless they meet its last token too."""
+    llama, prompts = random_llama(), [(ids_of(length) % 96).tolist() for length in (11, 3, 7)]
+    whole = [*zip(*generate(llama, prompts, 24), strict=True)]
+    stop = whole[1][4]
+    ended = [*zip(*generate(llama, prompts, 24, stop_ids=(stop,)), strict=True)]
+    for row, found in zip(whole, ended, strict=True):
+        expected = row[: row.index(stop)] if stop in row else row[: len(found)]
+        assert tuple(token for token in found if token is not None) == expected
+    assert any(stop not in row for row in whole)
 
 
 def test_samples_follow_their_seed(runs, teacher):
@@ -380,40 +330,6 @@ def test_pick_keeps_top_k_and_top_p():
         assert [p > 0 for p in found.tolist()] == [p > 0 for p in expected]
 
 
-@pytest.mark.parametrize("broken", ["init", "log"])
-def test_wandb_never_stops_a_run(broken, work, corpus, teacher, monkeypatch):
-    """A stand-in for the package, which fails at once or at the first line, or keeps what it is given."""
-    where, kept = work / f"wandb_{broken}", work / f"wandb_{broken}.jsonl"
-    where.mkdir()
-    (where / "wandb.py").write_text(f"""
-import json, sys
-class Run:
-    def log(self, values, step):
-        open({str(kept)!r}, "a").write(json.dumps([step, values]) + "\\n")
-        if {broken == "log"}: raise RuntimeError("no network")
-def init(project, name, tags, config, resume):
-    assert project == "low-rank-clone" and name == "trial" and tags == ("a",) and config["seed"] == 1
-    if {broken == "init"}: raise RuntimeError("no key")
-    return Run()
-""")
-    monkeypatch.setenv("PYTHONPATH", str(where))
-    more = (
-        "--wandb=True",
-        "--run_name=trial",
-        "--tags=('a',)",
-        "--max_steps=2",
-        "--log_every=1",
-        "--save_every=0",
-    )
-    done = succeed("train.py", *clone_options(teacher, corpus, work / f"logged_{broken}", *more))
-    assert len(metrics(work / f"logged_{broken}")) == 3
-    if broken == "init":
-        assert "wandb is off: no key" in done.stdout
-    else:
-        lines = [json.loads(line) for line in kept.read_text().splitlines()]
-        assert [step for step, _ in lines] == [1, 2, 2] and "loss" in lines[0][1] and "val_lm" in lines[2][1]
-
-
 # ---- mixtures, documents apart
 
 
@@ -431,8 +347,6 @@ def test_a_mixture_logs_each_source_and_keeps_documents_apart(work, text, teache
     assert min(losses) < together["lm"] < max(losses)
     assert all(f"val_lm/{name}" in metrics(outs[0])[-1] for name in ("corpus", "small"))
     assert together["lm"] != apart["lm"] and abs(together["lm"] / apart["lm"] - 1) < 0.1
-    refused = run("train.py", "--data=None", f"--out_dir={work}/none")
-    assert refused.returncode == 2 and "random tokens are for tools/bench.py" in refused.stderr
 
 
 # ---- fine-tuning and evaluation
@@ -466,7 +380,7 @@ def sft_options(student, chats, out_dir, *more):
 
 def test_fine_tuning_on_answers(work, exported, chats):
     """Two epochs of SFT; eight micro-batches of one row take the same steps as one of eight rows."""
-    calls = [("train.py", *sft_options(exported["float32"], chats, work / f"sft_{size}", "--epochs=2",
+    calls = [("train.py", *sft_options(exported, chats, work / f"sft_{size}", "--epochs=2",
                                        f"--micro_batch_size={size}")) for size in (8, 1)]  # fmt: skip
     for result in in_parallel(calls):
         assert result.returncode == 0, result.stderr
@@ -481,8 +395,7 @@ def test_fine_tuning_on_answers(work, exported, chats):
             assert a[name] == pytest.approx(b[name], rel=1e-5 if a["step"] == 1 else 1e-3), (a["step"], name)
     losses = [line["val_lm"] for line in whole if "val_lm" in line]
     assert losses[-1] < 0.9 * losses[0]
-    last = convert.checkpoints(work / "sft_8")[-1]
-    assert transformers_model(last).config.hidden_size == 24
+    assert transformers_model(last(work / "sft_8")).config.hidden_size == 24
 
 
 def test_evaluation_only(runs, exported, corpus, teacher):
@@ -490,21 +403,13 @@ def test_evaluation_only(runs, exported, corpus, teacher):
     shared = (f"--teacher={teacher}", f"--data={corpus}", "--seq_len=32", "--global_batch_size=4",
               "--micro_batch_size=2", "--eval_blocks=3", "--eval_only=True",
               "--student_hidden_size=24")  # fmt: skip
-    for path in (runs["clone"], exported["float32"], runs["weights"]):
+    for path in (runs["clone"], exported, runs["weights"]):
         expected = metrics(runs["weights" if path == runs["weights"] else "clone"])[-1]
         done = succeed("train.py", *shared, f"--init_from={path}", "--out_dir=none")
         found = json.loads(done.stdout.splitlines()[-1])
         assert found["val_lm"] == pytest.approx(expected["val_lm"], abs=2e-4)
         assert found["val_teacher_lm"] == pytest.approx(expected["val_teacher_lm"], abs=2e-4)
         assert "% of the teacher's quality" in done.stdout
-
-
-def test_a_clone_goes_on_from_a_clone(work, runs, corpus, teacher):
-    options = clone_options(
-        teacher, corpus, work / "further", f"--init_from={runs['clone']}", "--max_steps=5"
-    )
-    succeed("train.py", *options)
-    assert metrics(work / "further")[0]["loss"] < metrics(runs["clone"])[0]["loss"]
 
 
 def test_benchmark():
@@ -522,18 +427,6 @@ def test_benchmark():
     rate = sum(flops.values()) / found["seconds_per_step"]
     assert found["matmul_fraction"] == pytest.approx(rate / found["matmul_gflops"], rel=0.05)
     assert 0.2 < found["peak_memory_gib"] < 2
-
-
-def test_compile_without_a_compiler_is_refused(work, monkeypatch):
-    monkeypatch.setenv("CXX", "no-compiler")
-    calls = (
-        ("train.py", "--compile=True", f"--out_dir={work}/none"),
-        ("sample.py", f"--model={BUNDLED}", "--compile=True"),
-    )
-    for call in calls:
-        refused = run(*call)
-        assert refused.returncode == 2
-        assert "error: compile needs a C++ compiler" in refused.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -557,30 +450,13 @@ def test_values_that_make_no_sense_are_refused(name, value, allowed, monkeypatch
         train.check_options()
 
 
-def test_a_device_that_is_not_there_and_ctrl_c_are_told_in_a_line(work):
-    for name in ("gpu", "cuda"):
-        done = run("train.py", f"--device={name}", f"--out_dir={work}/none")
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-        assert done.stderr.startswith(f"error: device is '{name}', which torch")
+def test_ctrl_c_is_told_in_a_line(work):
     command = [sys.executable, "train.py", f"--out_dir={work}/none"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()  # its options are read
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1 and error == "stopped before the first step\n"
-
-
-def test_a_teacher_with_a_value_that_is_not_finite_is_refused(work, teacher, corpus):
-    broken = work / "broken"
-    shutil.copytree(teacher, broken)
-    weights = load_file(broken / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    done = run("train.py", *clone_options(broken, corpus, work / "never"))
-    assert done.returncode == 2
-    message = "model.layers.1.mlp.up_proj.weight holds a value that is not finite"
-    assert message in done.stderr.splitlines()[-1]
-    assert not (work / "never").exists()
 
 
 def test_a_resumed_run_says_how_its_schedule_changes(work, runs, teacher, corpus):
@@ -596,102 +472,40 @@ def test_a_resumed_run_says_how_its_schedule_changes(work, runs, teacher, corpus
     assert "torch.distributed" not in done.stderr and "\r" not in done.stderr
 
 
-def test_evaluation_of_a_model_with_another_vocabulary_is_refused(work, corpus, teacher):
-    options = clone_options(
-        BUNDLED, corpus, work / "none", f"--init_from={work / 'tiny'}", "--eval_only=True"
-    )
-    shape = LlamaConfig(**(SHAPE | {"vocab_size": 512}))
-    LlamaForCausalLM(shape).save_pretrained(work / "tiny")
-    done = run("train.py", *options)
-    assert done.returncode == 2
-    assert "tiny has 512 tokens; the teacher has 4096" in done.stderr.splitlines()[-1]
-    done = run("train.py", *options, "--teacher=None", f"--tokenizer={teacher}")
-    assert "the model has 512" in done.stderr.splitlines()[-1]
-
-
-# ---- what contradicts itself
-
-
-def test_a_teacher_of_a_billion_layers_takes_no_memory(work, teacher, corpus):
-    """In 4 GiB of addresses, most of which torch takes; a tuple of the layers alone has 8."""
-    (work / "tall").mkdir()
-    for file in teacher.iterdir():
-        shutil.copy(file, work / "tall")
-    config = json.loads((teacher / "config.json").read_text()) | {"num_hidden_layers": 1_000_000_000}
-    (work / "tall/config.json").write_text(json.dumps(config))
-    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30,) * 2); "
-    limit += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", limit, "train.py", *clone_options(work / "tall", corpus, work / "none")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and not (work / "none").exists(), done.stderr
-    assert "num_hidden_layers is 1000000000; this code supports at most 10000" in done.stderr.splitlines()[-1]
-
-
 def test_a_second_run_in_an_out_dir_is_refused_while_the_first_lives(work, teacher, corpus):
     out = work / "locked"
     options = clone_options(teacher, corpus, out, "--max_steps=100000", "--save_every=0", "--eval_every=0")
-    command = [sys.executable, "train.py", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    first = launch("train.py", *options, outputs=(work / "first.out", work / "first.err"))
     try:
-        while not first.stdout.readline().startswith("step "):
-            assert first.poll() is None
+        while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+            assert first.is_alive()
         second = run("train.py", *options, "--resume=True", "--max_steps=1")
-        assert second.returncode == 2 and first.poll() is None
+        assert second.returncode == 2 and first.is_alive()
         assert second.stderr.splitlines()[-1].startswith(f"error: another train.py is writing {out};")
-        lines = (out / "metrics.jsonl").read_text()
     finally:
         first.kill()
-        first.communicate()
+        first.join()
     # A kill leaves no lock behind.
     third = succeed("train.py", *clone_options(teacher, corpus, out, "--max_steps=1", "--save_every=0"))
-    assert lines and "step 1 of 1" in third.stdout
+    assert "step 1 of 1" in third.stdout
 
 
-def test_a_student_of_another_tokenizer_is_refused(work, teacher, corpus):
-    """As many tokens, two of them the other way round; a copy of the teacher's is a student."""
-    for name in ("student_same", "student_other"):
-        shutil.copytree(teacher, work / name)
-    file = work / "student_other/tokenizer.json"
-    content = json.loads(file.read_text())
-    vocabulary = content["model"]["vocab"]
-    first, second = list(vocabulary)[10:12]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    file.write_text(json.dumps(content))
-    for name, code in (("student_same", 0), ("student_other", 2)):
-        options = clone_options(
-            teacher, corpus, work / f"{name}_run", "--max_steps=1", "--student_hidden_size=48"
-        )
-        done = run("train.py", *options, "--train=weights", f"--init_from={work / name}")
-        assert done.returncode == code, done.stderr
-        assert ("has another vocabulary than" in done.stderr) == (code == 2)
-    assert not (work / "student_other_run").exists()
-
-
-def test_a_model_fine_tuned_on_chats_ends_its_turns(work):
+@pytest.mark.parametrize(("sft", "ids"), [(True, [0, 4097]), (False, 0)])
+def test_a_model_fine_tuned_on_chats_ends_its_turns(sft, ids, tmp_path, monkeypatch):
     """Its base has another EOS than its template ends a turn by; generate() stops at both."""
-    tokens = work / "base_tokens"
-    tokens.mkdir()
-    content = json.loads((BUNDLED / "tokenizer.json").read_text())
+    tokens = Path(shutil.copytree(BUNDLED, tmp_path / "tokens"))
+    content = json.loads((tokens / "tokenizer.json").read_text())
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     for i, mark in enumerate(("<|im_start|>", "<|im_end|>")):
         content["added_tokens"].append({"id": 4096 + i, "content": mark, **flags})
     (tokens / "tokenizer.json").write_text(json.dumps(content))
-    shutil.copy(BUNDLED / "tokenizer_config.json", tokens)
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     (tokens / "chat_template.jinja").write_text(template)
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    (work / "base_chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 8)
-    succeed("prepare.py", f"--input={work}/base_chats.jsonl", f"--tokenizer={tokens}", "--sft=True",
-            f"--out={work}/base_rows", "--seq_len=32", "--heldout_fraction=0.0")  # fmt: skip
-    for sft, ids in (("True", [0, 4097]), ("False", 0)):
-        out = work / f"base_run_{sft}"
-        shape = SHAPE | {"model_type": "llama", "vocab_size": 4098}
-        length = 32 if sft == "True" else 8
-        succeed("train.py", "--teacher=None", f"--sft={sft}", f"--data={work}/base_rows", "--max_steps=1",
-                f"--tokenizer={tokens}", f"--seq_len={length}", "--global_batch_size=2", "--eval_every=0",
-                "--micro_batch_size=2", f"--out_dir={out}", f"--model_config={shape}")  # fmt: skip
-        succeed("convert.py", f"--checkpoint={out}", f"--out={out}_export")
-        for path in (out / "step_00000001", out.with_name(f"{out.name}_export")):
-            assert json.loads((path / "generation_config.json").read_text())["eos_token_id"] == ids
+    monkeypatch.setattr(train, "sft", sft)
+    model = plain_student(random_llama(vocab_size=4098, eos_token_id=0))
+    saved = tmp_path / "saved"
+    own, ends = model.trained.state_dict(), train.turn_ends(str(tokens))
+    convert.save_weights(model, saved, own, str(tokens), None, ends)
+    call(convert, checkpoint=saved, out=tmp_path / "exported")
+    for path in (saved, tmp_path / "exported"):
+        assert json.loads((path / "generation_config.json").read_text())["eos_token_id"] == ids
