@@ -10,7 +10,7 @@ import study
 import torch
 import transformers
 from bench import kind_of, where_time_goes
-from conftest import run, succeed
+from test_convert import call, refused
 from test_model import make_clone, random_llama, randomise
 
 import convert
@@ -25,15 +25,12 @@ def write(directory, losses, clone=True):
     directory.mkdir()
     lines = []
     for step, loss in enumerate(losses, 1):
-        line = {"step": step, "tokens": 250 * step, "val_lm": loss}
+        at = {"step": step, "tokens": 250 * step}
+        lines += [at | {"loss": 9 * loss, "lm": loss}, at | {"val_lm": loss}]
         if clone:
-            line |= {"val_kl": loss - 2, "val_teacher_lm": 2.0}
-            line |= {"val_agreement": 1 / loss, "val_terms_by_layer": {"clone_q": [1.0, 0.5]}}
-        lines += [
-            json.dumps({"step": step, "tokens": 250 * step, "loss": 9 * loss, "lm": loss}),
-            json.dumps(line),
-        ]
-    (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+            lines[-1] |= {"val_kl": loss - 2, "val_teacher_lm": 2.0}
+            lines[-1] |= {"val_agreement": 1 / loss, "val_terms_by_layer": {"clone_q": [1.0, 0.5]}}
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return study.read_lines(directory / "metrics.jsonl")
 
 
@@ -155,25 +152,25 @@ def test_agreement_length():
     assert found == pytest.approx(sum(lengths) / len(lengths))
 
 
+def step_of(out_dir, step):
+    """The directory of a checkpoint, in which a run's state is."""
+    path = out_dir / f"step_{step:08d}"
+    (path / "trainer").mkdir(parents=True)
+    (path / "trainer/state.json").write_text("{}")
+    return path
+
+
 @pytest.fixture
 def clones(tmp_path, teacher):
     """A run of three checkpoints, the second of them cut short."""
     out_dir = tmp_path / "run"
     for step in (1, 2, 3):
-        path = out_dir / f"step_{step:08d}"
         clone = make_clone(convert.load_model(teacher), 24)
         randomise(clone.trained.named_parameters(), seed=step)
-        convert.save_clone(clone, path, str(teacher), str(teacher))
-        (path / "trainer").mkdir()
-        (path / "trainer/state.json").write_text("{}")
+        convert.save_clone(clone, step_of(out_dir, step), str(teacher), str(teacher))
     cut = out_dir / "step_00000002/model.safetensors"
     cut.write_bytes(cut.read_bytes()[:1000])
     return out_dir
-
-
-def set_options(monkeypatch, **options):
-    for name, value in options.items():
-        monkeypatch.setattr(evaluate, name, value if isinstance(value, tuple) else str(value))
 
 
 def test_evaluate_passes_over_what_is_done(clones, monkeypatch, capsys):
@@ -188,38 +185,32 @@ def test_evaluate_passes_over_what_is_done(clones, monkeypatch, capsys):
 
     monkeypatch.setattr(evaluate, "run_lm_eval", run_lm_eval)
     monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: name)
-    set_options(monkeypatch, out_dir=clones, tasks="library", device="cpu", arguments=("--limit=8",))
-    with pytest.raises(ValueError, match="stopped"):
-        evaluate.main()
+    options = {"out_dir": clones, "device": "cpu", "arguments": ("--limit=8",)}
+    refused("stopped", evaluate, tasks="library", **options)
     assert "passing over" in capsys.readouterr().err  # the one cut short
     for _ in range(2):
-        evaluate.main()
+        call(evaluate, tasks="library", **options)
     assert measured == ["step_00000001", "step_00000003", "step_00000003"]
     lines = evaluate.read_results(clones / "results.jsonl")
     assert [line["checkpoint"] for line in lines] == ["step_00000001", "step_00000003"]
     assert all(line["results"] == {"library": {"acc,none": 0.5}} for line in lines)
     # other tasks are other scores
-    set_options(monkeypatch, tasks="library,piqa")
-    evaluate.main()
+    call(evaluate, tasks="library,piqa", **options)
     assert measured[3:] == ["step_00000001", "step_00000003"]
 
 
-def test_evaluate_on_the_command_line(clones, corpus, teacher):
-    """The agreement, with no lm_eval, of clones and of a run that has none."""
-    options = ("--tasks=", f"--data={corpus}", "--agreement_blocks=3", "--prompt_tokens=8", "--new_tokens=4")
-    done = succeed("tools/evaluate.py", f"--out_dir={clones}", *options)
-    assert done.stdout.count("agreement_length") == 2
+def test_evaluate_measures_the_agreement_alone(clones, corpus, teacher, capsys):
+    """With no lm_eval, of clones and of a run that has none."""
+    options = {"out_dir": clones, "tasks": "", "data": corpus, "agreement_blocks": 3}
+    options |= {"prompt_tokens": 8, "new_tokens": 4}
+    call(evaluate, **options)
+    assert capsys.readouterr().out.count("agreement_length") == 2
     lines = evaluate.read_results(clones / "results.jsonl")
     assert [line["step"] for line in lines] == [1, 3]
     assert all(0 <= line["agreement_length"] <= 4 for line in lines)
-    plain = clones / "step_00000004"
+    plain = step_of(clones, 4)
     convert.save_model(convert.load_model(teacher), plain, torch.float32, teacher)
-    (plain / "trainer").mkdir()
-    (plain / "trainer/state.json").write_text("{}")
-    refused = run("tools/evaluate.py", f"--out_dir={clones}", *options)
-    assert refused.returncode == 2 and refused.stderr.splitlines()[-1] == (
-        f"error: {plain} does not say what its teacher is: give --teacher=DIR"
-    )
+    refused(f"^{plain} does not say what its teacher is: give --teacher=DIR", evaluate, **options)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +223,7 @@ def test_evaluate_on_the_command_line(clones, corpus, teacher):
         ({"tasks": "y", "bigbench": "."}, "^./y is no multiple choice"),
         ({"tasks": "", "data": "no/shards"}, "has no checkpoint"),
         ({"tasks": "", "data": "no/shards", "device": "gpu"}, "device is 'gpu'"),
+        ({"new_tokens": 0}, "new_tokens is 0; it must be at least 1"),
     ],
 )
 def test_evaluate_refuses(options, words, monkeypatch, tmp_path):
@@ -240,12 +232,7 @@ def test_evaluate_refuses(options, words, monkeypatch, tmp_path):
     for name, task in (("x", {"subtasks": []}), ("y", {"examples": [{"input": "1", "target": "2"}]})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "task.json").write_text(json.dumps(task))
-    set_options(monkeypatch, out_dir=tmp_path, **options)
-    with pytest.raises(ValueError, match=words):
-        evaluate.main()
-    monkeypatch.setattr(evaluate, "new_tokens", 0)
-    with pytest.raises(ValueError, match="new_tokens is 0; it must be at least 1"):
-        evaluate.main()
+    refused(words, evaluate, out_dir=tmp_path, **options)
 
 
 TASK = {
@@ -262,10 +249,10 @@ def test_bigbench_is_scored_by_the_likelihoods_of_transformers(clones, teacher, 
     """Of clones and of their teacher, which is scored once; the text is the task's own format."""
     (tmp_path / "tasks/sums").mkdir(parents=True)
     (tmp_path / "tasks/sums/task.json").write_text(json.dumps(TASK))
-    set_options(monkeypatch, out_dir=clones, tasks="sums", bigbench=tmp_path / "tasks", device="cpu")
+    monkeypatch.setattr(evaluate, "bigbench", str(tmp_path / "tasks"))
     questions = evaluate.read_task("sums")
     assert questions[1] == ("Choose.\nask: open\nsay: ", {"a file": 1, "x": 0})
-    evaluate.main()
+    call(evaluate, out_dir=clones, tasks="sums", device="cpu")
     lines = evaluate.read_results(clones / "results.jsonl")
     assert [line["step"] for line in lines] == [1, 3]
     for step, role in ((1, "student"), (3, "student"), (3, "teacher")):
