@@ -2,7 +2,6 @@
 
 import os
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -16,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, clone_options, launch, metrics
 from safetensors.torch import load_file
-from test_scripts import plain_options
+from test_scripts import half_way, last, plain_options
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint import load as load_distributed
 
@@ -26,17 +25,13 @@ import train as train_script
 STEADY = ("--lr_schedule=constant", "--warmup_ratio=0", "--log_every=1", "--eval_every=0", "--keep_last=9")
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return str(free.getsockname()[1])
-
-
-def train(processes, *arguments, code=0, script="train.py"):
+def train(processes, *arguments, code=0, script="train.py", meanwhile=lambda ranks: None):
     """The script by so many processes, as torchrun sets them up; what all of them printed."""
     environment = {}
     if processes > 1:
-        environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
         environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "output"
@@ -44,6 +39,7 @@ def train(processes, *arguments, code=0, script="train.py"):
         for rank in range(processes):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
             ranks.append(launch(script, *arguments, outputs=(output, output), **environment, **own))
+        meanwhile(ranks)
         for process in ranks:
             process.join(200)
             if process.exitcode != 0:  # torchrun too ends the others
@@ -56,55 +52,28 @@ def train(processes, *arguments, code=0, script="train.py"):
     return text
 
 
-def start(*arguments, torchrun=(), limit=None):
-    """train.py as a process, by torchrun on two where it has options; limit: bytes that a file may have."""
-    launcher = [sys.executable]
-    if torchrun:
-        launcher += ["-m", "torch.distributed.run", "--rdzv_backend=c10d", "--nproc_per_node=2"]
-        launcher += [f"--rdzv_endpoint=localhost:{free_port()}", *torchrun]
-
-    def limited():
-        if limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    return subprocess.Popen(
-        [*launcher, "train.py", *map(str, arguments)], cwd=ROOT, text=True, preexec_fn=limited,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+def patched(file, lines):
+    """A script that is train.py behind these lines."""
+    begin = "import os, runpy, sys\nsys.path.insert(0, os.getcwd())\n"
+    end = "sys.argv[0] = 'train.py'\nrunpy.run_path('train.py', run_name='__main__')\n"
+    file.write_text(f"{begin}{lines}\n{end}")
+    return str(file)
 
 
-def when_logged(process, out_dir, steps):
-    """Waits until a run has logged so many steps."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        log = out_dir / "metrics.jsonl"
-        if log.exists() and len(log.read_text().splitlines()) >= steps:
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    raise AssertionError(f"{out_dir} did not reach step {steps}")
-
-
-def ranks_of(process):
-    """{rank: pid} of the processes that torchrun started."""
-    found = {}
-    for directory in os.listdir("/proc"):
-        try:
-            with open(f"/proc/{directory}/environ", "rb") as file:
-                environment = file.read().split(b"\0")
-            if directory.isdigit() and os.getsid(int(directory)) and int(directory) != process.pid:
-                with open(f"/proc/{directory}/stat") as file:
-                    parent = int(file.read().rpartition(")")[2].split()[1])
-                ranks = [int(entry[5:]) for entry in environment if entry.startswith(b"RANK=")]
-                if parent == process.pid and ranks:
-                    found[ranks[0]] = int(directory)
-        except (OSError, ValueError):
-            continue
-    return found
+FAULT = """
+import signal, model
+straight, calls = model.Student.loss, [0]
+def loss(self, *arguments, **options):
+    losses, calls[0] = straight(self, *arguments, **options), calls[0] + 1
+    if os.environ.get("RANK") == "1" and {when}:
+        {fault}
+    return losses
+model.Student.loss = loss
+"""
 
 
 def last_weights(out_dir):
-    return load_file(convert.checkpoints(out_dir)[-1] / "model.safetensors")
+    return load_file(last(out_dir) / "model.safetensors")
 
 
 def assert_same_run(out_dir, expected):
@@ -145,7 +114,7 @@ def test_any_number_of_processes_trains_the_same(name, processes, options, work,
         if name.startswith("val_") and name != "val_terms_by_layer":
             assert metrics(out)[-1][name] == pytest.approx(value, rel=1e-3), name
     assert output.count("options that differ") == 1  # one process speaks
-    clone = convert.load_clone(convert.checkpoints(out)[-1])  # whole, without a process group
+    clone = convert.load_clone(last(out))  # whole, without a process group
     assert clone(torch.ones((1, 4), dtype=torch.long)).isfinite().all()
 
 
@@ -196,32 +165,18 @@ def test_a_shard_saved_after_an_evaluation_is_whole(kind, dtype, work, teacher, 
         if ".exp_avg" not in name:  # not rounded to what is computed in
             assert not torch.equal(ours[name], ours[name].bfloat16().float()), name
 
-    resumed = work / f"resumed_{kind}_{dtype}"
-    shutil.copytree(outs["fsdp"], resumed)
-    shutil.rmtree(resumed / "step_00000006")
+    resumed = half_way(outs["fsdp"], work / f"resumed_{kind}_{dtype}")
     train(2, *options_of(teacher, corpus, resumed, *shared, "--parallel=fsdp"), "--resume=True")
-    lines, expected = metrics(resumed), metrics(outs["fsdp"])
-    for a, b in zip(lines, expected, strict=True):
-        assert {k: a[k] for k in a if k in ("step", "loss", "grad_norm", "val_lm")} == {
-            k: b[k] for k in b if k in ("step", "loss", "grad_norm", "val_lm")
-        }
-
-
-def test_plain_models_shard(work, teacher, corpus):
-    outs, steady = (work / "plain_alone", work / "plain_fsdp"), (*STEADY, "--max_grad_norm=0.5")
-    train(1, *plain_options(teacher, corpus, outs[0], *steady))
-    train(2, *plain_options(teacher, corpus, outs[1], *steady, "--micro_batch_size=1", "--parallel=fsdp"))
-    for a, b in zip(*map(metrics, outs), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-    for name, weight in last_weights(outs[0]).items():
-        torch.testing.assert_close(last_weights(outs[1])[name], weight, rtol=1e-3, atol=1e-5)
+    lines, expected = (
+        [[line.get(name) for name in ("step", "loss", "grad_norm", "val_lm")] for line in metrics(out)]
+        for out in (resumed, outs["fsdp"])
+    )
+    assert lines == expected
 
 
 def test_resume_on_other_processes(work, teacher, corpus, alone):
     """Ten steps of one process, five of two with FSDP, five of two with DDP."""
-    out = work / "elastic"
-    shutil.copytree(alone, out)
-    shutil.rmtree(out / "step_00000020")
+    out = half_way(alone, work / "elastic")
     options = (*clone_options(teacher, corpus, out, *STEADY), "--resume=True")
     train(2, *options, "--parallel=fsdp", "--max_steps=15")
     output = train(2, *options, "--micro_batch_size=1")
@@ -230,39 +185,44 @@ def test_resume_on_other_processes(work, teacher, corpus, alone):
     assert "nothing to do" in train(1, *options)
 
 
-def test_a_signal_to_one_rank_saves_and_ends(work, teacher, corpus, alone):
+def test_a_signal_to_one_rank_saves_and_ends(work, teacher, corpus):
     out = work / "stopped"
-    options = clone_options(teacher, corpus, out, *STEADY, "--micro_batch_size=2")
-    process = start(*options, "--max_steps=100000", "--save_every=100000", torchrun=("--max_restarts=0",))
-    when_logged(process, out, 4)
-    os.kill(ranks_of(process)[1], signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, output
+
+    def signal_one(ranks):
+        log = out / "metrics.jsonl"
+        while not log.exists() or len(log.read_text().splitlines()) < 4:
+            assert ranks[0].is_alive()
+            time.sleep(0.02)
+        os.kill(ranks[1].pid, signal.SIGTERM)
+
+    options = (*STEADY, "--max_steps=100000", "--save_every=100000")
+    output = train(2, *clone_options(teacher, corpus, out, *options), meanwhile=signal_one)
     (saved,) = convert.checkpoints(out)
     assert saved.name == f"step_{len(metrics(out)):08d}" and "go on with --resume=True" in output
 
 
 def test_torchrun_restarts_from_the_last_checkpoint(work, teacher, corpus, alone):
+    """One of the two kills itself in its 7th step; it has two passes in each."""
     out = work / "restarted"
+    once = "calls[0] == 13 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
+    fault = FAULT.format(when=once, fault="os.kill(os.getpid(), signal.SIGKILL)")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1")
     options = clone_options(teacher, corpus, out, *STEADY, "--micro_batch_size=1", "--save_every=2")
-    process = start(*options, "--max_steps=20", torchrun=("--max_restarts=1",))
-    when_logged(process, out, 6)
-    os.kill(ranks_of(process)[1], signal.SIGKILL)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0 and "resumed from" in output, output
+    command = [sys.executable, *torchrun, patched(work / "killed.py", fault), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "step_00000006, at a learning rate" in done.stdout, done.stderr
     assert_same_run(out, alone)
 
 
 def test_full_disk_keeps_the_older_checkpoint(work, teacher, corpus, alone):
     """A limit on a file's size stands for the disk: AdamW's state does not fit, the weights do."""
-    out = work / "full"
-    shutil.copytree(alone, out)
-    shutil.rmtree(out / "step_00000020")
-    size = (out / "step_00000010/model.safetensors").stat().st_size
+    out = half_way(alone, work / "full")
+    limit = int(1.5 * (last(out) / "model.safetensors").stat().st_size)
+    script = patched(
+        work / "full.py", f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+    )
     options = (*clone_options(teacher, corpus, out, *STEADY), "--resume=True")
-    process = start(*options, limit=int(1.5 * size))
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 2
+    output = train(1, *options, code=2, script=script)
     assert "error: " in output and "could not be written" in output and "Traceback" not in output
     assert [path.name for path in out.iterdir() if path.is_dir()] == ["step_00000010"]
     train(1, *options)
@@ -361,25 +321,19 @@ def test_muon_is_torchs_to_the_bit_on_any_number_of_processes(parallel, processe
 
 
 SIGNS = """
-import os, runpy, sys
-sys.path.insert(0, os.getcwd())
 import torch
 straight = torch.linalg.eigh
 def eigh(matrix):
     values, vectors = straight(matrix)
     return torch.return_types.linalg_eigh((values, vectors * (-1) ** int(os.environ.get("RANK", 0))))
 torch.linalg.eigh = eigh
-sys.argv[0] = "train.py"
-runpy.run_path("train.py", run_name="__main__")
 """
 
 
 def test_ranks_whose_eigenvectors_differ_in_sign_start_from_the_same_weights(work, teacher, corpus, alone):
-    (work / "signs.py").write_text(SIGNS)
-    out = work / "signs"
-    options = clone_options(teacher, corpus, out, *STEADY, "--parallel=fsdp")
-    train(2, *options, script=str(work / "signs.py"))
-    assert_same_run(out, alone)
+    options = clone_options(teacher, corpus, work / "signs", *STEADY, "--parallel=fsdp")
+    train(2, *options, script=patched(work / "signs.py", SIGNS))
+    assert_same_run(work / "signs", alone)
 
 
 @pytest.mark.parametrize(
@@ -399,28 +353,15 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_refused(work, teacher,
     assert not (work / "odd").exists()
 
 
-FAULTY = """
-import os, runpy, sys
-sys.path.insert(0, os.getcwd())
-import model
-straight, calls, bad = model.Student.loss, [0], range(*map(int, sys.argv.pop(1).split(",")))
-def loss(self, *arguments, **options):
-    losses, calls[0] = straight(self, *arguments, **options), calls[0] + 1
-    if os.environ.get("RANK") == "1" and calls[0] in bad:
-        losses["loss"] = losses["loss"] * float("nan")
-    return losses
-model.Student.loss = loss
-sys.argv[0] = "train.py"
-runpy.run_path("train.py", run_name="__main__")
-"""
-
-
 def test_no_rank_takes_a_step_that_is_not_finite_on_one(work, teacher, corpus):
     """The second process has a loss of NaN in its 4th and 5th call (a call a step), or from the 4th on."""
-    (work / "faulty.py").write_text(FAULTY)
-    out = work / "bad_some"
+    out, fault = work / "bad_some", "losses['loss'] = losses['loss'] * float('nan')"
+    some, all_from_4 = (
+        patched(work / f"faulty_{i}.py", FAULT.format(when=when, fault=fault))
+        for i, when in enumerate(("calls[0] in (4, 5)", "calls[0] >= 4"))
+    )
     options = (*STEADY, "--micro_batch_size=2", "--max_bad_steps=3", "--save_every=3")
-    train(2, "4,6", *clone_options(teacher, corpus, out, *options), script=str(work / "faulty.py"))
+    train(2, *clone_options(teacher, corpus, out, *options), script=some)
     lines = metrics(out)
     assert [line["bad_steps"] for line in lines[:7]] == [0, 0, 0, 1, 2, 2, 2]
     assert lines[3]["loss"] is None and lines[-1]["loss"] < lines[0]["loss"]
@@ -428,8 +369,7 @@ def test_no_rank_takes_a_step_that_is_not_finite_on_one(work, teacher, corpus):
     assert all(weight.isfinite().all() for weight in saved["step_00000006"].values())
 
     out = work / "bad_all"
-    arguments = clone_options(teacher, corpus, out, *options)
-    output = train(2, "4,99", *arguments, code=1, script=str(work / "faulty.py"))
+    output = train(2, *clone_options(teacher, corpus, out, *options), code=1, script=all_from_4)
     assert "not finite in 3 steps in a row up to step 6" in output
     (kept,) = convert.checkpoints(out)
     same = load_file(kept / "model.safetensors")

@@ -35,6 +35,13 @@ def last(out_dir):
     return convert.checkpoints(out_dir)[-1]
 
 
+def half_way(run, out_dir):
+    """A copy of a run without its last checkpoint."""
+    shutil.copytree(run, out_dir)
+    shutil.rmtree(last(out_dir))
+    return out_dir
+
+
 def ids_of(*shape):
     return torch.randint(1, 4096, shape, generator=torch.Generator().manual_seed(5))
 
@@ -136,10 +143,7 @@ def test_runs_go_on_from_clones_and_any_model(work, runs, corpus, teacher):
 @pytest.fixture(scope="module")
 def resumed(work, teacher, corpus, runs):
     """The runs as they stood half way, gone on with."""
-    outs = {name: work / f"resumed_{name}" for name in RUNS}
-    for name, out in outs.items():
-        shutil.copytree(runs[name], out)
-        shutil.rmtree(convert.checkpoints(out)[-1])
+    outs = {name: half_way(runs[name], work / f"resumed_{name}") for name in RUNS}
     calls = [("train.py", *RUNS[name](teacher, corpus, out), "--resume=True") for name, out in outs.items()]
     for result in in_parallel(calls):
         assert result.returncode == 0, result.stderr
