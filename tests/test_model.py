@@ -360,18 +360,14 @@ def test_transformers_reads_a_student_whose_heads_do_not_divide_it(tmp_path):
     assert (student(ids) - theirs(ids).logits).abs().max() < LOGIT_TOLERANCE
 
 
-def test_shared_projections():
-    whole, shared = random_clone(), random_clone(share_qkv=True, share_gate_up=True)
-    terms = [list(clone.loss(*random_batch(2, 10))["terms"]) for clone in (whole, shared)]
-    assert terms[0] == ["q", "k", "v", "attn_out", "gate", "up", "mlp_out"]
-    assert terms[1] == ["attn_in", "attn_out", "mlp_in", "mlp_out"]
+def test_shared_projections_and_skipped_terms_and_layers():
+    teacher, batch = random_llama(), random_batch(2, 10)
+    whole, shared = random_clone(teacher), random_clone(teacher, share_qkv=True, share_gate_up=True)
+    assert list(shared.loss(*batch)["terms"]) == ["attn_in", "attn_out", "mlp_in", "mlp_out"]
     assert len(trained(whole)) == 2 * (7 + 2) + 2 and len(trained(shared)) == 2 * (4 + 2) + 2
     assert len(trained(random_clone(tie_head_projection=False))) == len(trained(whole)) + 1
 
-
-def test_skipped_terms_and_layers():
-    teacher, batch = random_llama(), random_batch(2, 10)
-    terms = stacked(random_clone(teacher).loss(*batch)["terms"])  # [layers, q k v attn_out gate up mlp_out]
+    terms = stacked(whole.loss(*batch)["terms"])  # [layers, q k v attn_out gate up mlp_out]
     fewer = random_clone(teacher, clone_skip=("k", "mlp_out")).loss(*batch)["terms"]
     assert torch.equal(stacked(fewer), terms[:, [0, 2, 3, 4, 5]])
     result = random_clone(teacher, clone_skip_layers=(0,)).loss(*batch)

@@ -28,7 +28,7 @@ from sample import generate, pick
 
 def in_parallel(calls):
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda call: run(*call), calls))
+        return list(pool.map(lambda call: succeed(*call), calls))
 
 
 def last(out_dir):
@@ -75,7 +75,6 @@ def runs(work, teacher, corpus):
     outs = {name: work / f"run_{name}" for name in RUNS}
     done = in_parallel([("train.py", *RUNS[name](teacher, corpus, out)) for name, out in outs.items()])
     for name, result in zip(outs, done, strict=True):
-        assert result.returncode == 0, result.stderr
         outs[name].with_name(f"{name}.log").write_text(result.stdout)
     return outs
 
@@ -145,8 +144,7 @@ def resumed(work, teacher, corpus, runs):
     """The runs as they stood half way, gone on with."""
     outs = {name: half_way(runs[name], work / f"resumed_{name}") for name in RUNS}
     calls = [("train.py", *RUNS[name](teacher, corpus, out), "--resume=True") for name, out in outs.items()]
-    for result in in_parallel(calls):
-        assert result.returncode == 0, result.stderr
+    in_parallel(calls)
     return outs
 
 
@@ -304,12 +302,9 @@ def test_samples_follow_their_seed(runs, teacher):
         ("sample.py", plain, *options, "--temperature=0"),
         ("sample.py", plain, *options, "--temperature=0.7", "--top_k=1", "--seed=3"),
     ])  # fmt: skip
-    for result in (two, second, greedy, first_k):
-        assert result.returncode == 0, result.stderr
-    texts = {"two": two.stdout, "second": second.stdout}
-    _, first, again = (part.partition("x")[2] for part in texts["two"].split("--- "))
+    _, first, again = (part.partition("x")[2] for part in two.stdout.split("--- "))
     assert first != again and len(first) > 5
-    assert again == texts["second"].partition("x")[2]
+    assert again == second.stdout.partition("x")[2]
     assert greedy.stdout == first_k.stdout
 
 
@@ -344,8 +339,7 @@ def test_a_mixture_logs_each_source_and_keeps_documents_apart(work, text, teache
     outs, more = (work / "mixed", work / "apart"), ("--max_steps=6", "--log_every=6", "--save_every=0")
     calls = [("train.py", *clone_options(teacher, sources, out, *more, f"--mask_documents={out == outs[1]}"))
              for out in outs]  # fmt: skip
-    for result in in_parallel(calls):
-        assert result.returncode == 0, result.stderr
+    in_parallel(calls)
     together, apart = (metrics(out)[0] for out in outs)
     losses = [together[f"lm/{name}"] for name in ("corpus", "small")]
     assert min(losses) < together["lm"] < max(losses)
@@ -386,8 +380,7 @@ def test_fine_tuning_on_answers(work, exported, chats):
     """Two epochs of SFT; eight micro-batches of one row take the same steps as one of eight rows."""
     calls = [("train.py", *sft_options(exported, chats, work / f"sft_{size}", "--epochs=2",
                                        f"--micro_batch_size={size}")) for size in (8, 1)]  # fmt: skip
-    for result in in_parallel(calls):
-        assert result.returncode == 0, result.stderr
+    in_parallel(calls)
     whole, parts = metrics(work / "sft_8"), metrics(work / "sft_1")
     meta = json.loads((chats / "meta.json").read_text())
     rows, tokens = meta["documents"]["tokens"], sum(shard["tokens"] for shard in meta["splits"]["tokens"])
@@ -404,12 +397,10 @@ def test_fine_tuning_on_answers(work, exported, chats):
 
 def test_evaluation_only(runs, exported, corpus, teacher):
     """A clone, and its export beside the teacher, have the losses of the run's last evaluation."""
-    shared = (f"--teacher={teacher}", f"--data={corpus}", "--seq_len=32", "--global_batch_size=4",
-              "--micro_batch_size=2", "--eval_blocks=3", "--eval_only=True",
-              "--student_hidden_size=24")  # fmt: skip
     for path in (runs["clone"], exported, runs["weights"]):
         expected = metrics(runs["weights" if path == runs["weights"] else "clone"])[-1]
-        done = succeed("train.py", *shared, f"--init_from={path}", "--out_dir=none")
+        only = ("--eval_only=True", f"--init_from={path}")
+        done = succeed("train.py", *clone_options(teacher, corpus, "none", *only))
         found = json.loads(done.stdout.splitlines()[-1])
         assert found["val_lm"] == pytest.approx(expected["val_lm"], abs=2e-4)
         assert found["val_teacher_lm"] == pytest.approx(expected["val_teacher_lm"], abs=2e-4)
