@@ -150,6 +150,9 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
     if family == "smollm3":
         every = [int(i % hf["no_rope_layer_interval"] != 0) for i in range(1, layers + 1)]
         rotated_layers = hf.get("no_rope_layers") or every
+        require(
+            len(rotated_layers) >= layers, "no_rope_layers", rotated_layers, f"a list for {layers} layers"
+        )
     biased = bool(hf.get("attention_bias", False))
     divisor = f"a divisor of num_attention_heads {heads}"
     require(heads % key_value_heads == 0, "num_key_value_heads", key_value_heads, divisor)
@@ -458,7 +461,7 @@ def read_student_config(path: Path) -> StudentConfig:
     """What the clone of a checkpoint is."""
     saved = read_json(path / "config.json")["clone"]
     if saved.get("train") == "both":
-        raise ValueError(f"{path} is of train=both, which only commit fb1e02b and those before it can read")
+        raise ValueError(f"{path} is of train=both, which commit 1490ce2 was the last to read")
     names = [field.name for field in dataclasses.fields(StudentConfig) if field.name in saved]
     student = StudentConfig(**{name: saved[name] for name in names})
     if student.student_layers is not None:
@@ -564,6 +567,9 @@ def load_weights(path: Path, model: Student) -> None:
     if has_projections(path) and others:
         tensors |= read_tensors([path / PROJECTIONS_FILE], others)
     elif others:
+        if any(shape != (shape[0], shape[0]) for shape in others.values()):
+            missing = ", ".join(others)
+            raise ValueError(f"{path} lacks {PROJECTIONS_FILE}, by which clone losses compare it: {missing}")
         # Of a student as wide as its teacher: the two streams are compared as they are.
         tensors |= {name: torch.eye(*shape) for name, shape in others.items()}
     for name, tensor in tensors.items():

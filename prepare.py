@@ -787,6 +787,9 @@ def write_shards(
         if value < bound:
             raise ValueError(f"{name} is {value}; it must be at least {bound}")
     files = find_files(settings["input"])
+    for file in files:
+        if kind_of(file)[0] == "txt" and (sft or min_score is not None):
+            raise ValueError(f"{file} is plain text: it has no {'chats' if sft else 'scores'}")
     encoder = Encoder(settings)
     if encoder.eos_id is None:
         print(f"{tokenizer} names no EOS: nothing marks where a text ends", file=sys.stderr)

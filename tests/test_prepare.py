@@ -427,8 +427,9 @@ REFUSED = [
     ({"input": f"{ROOT}/README.md"}, "README.md: input must be .parquet, or .txt .py .jsonl .json"),
     ({"input": "HERE/bad.parquet"}, "bad.parquet is not Parquet: "),
     ({"input": "HERE/a.parquet", "text_key": "body"}, "no column body, messages or conversations"),
-    ({"input": "HERE/a.txt", "min_score": 1.0}, "the input holds no text to train on: 1 files"),
-    ({"sft": True}, "has no chat template"),
+    ({"input": "HERE/a.*", "min_score": 1.0}, "a.txt is plain text: it has no scores"),
+    ({"input": "HERE/a.*", "sft": True}, "a.txt is plain text: it has no chats"),
+    ({"input": "HERE/blank.jsonl", "sft": True}, "has no chat template"),
     ({"num_workers": -1}, "num_workers is -1; it must be at least 0"),
     ({"seq_len": 1}, "seq_len is 1; it must be at least 2"),
     ({"heldout_fraction": 1.0}, "must be from 0 to below 1"),
@@ -814,12 +815,12 @@ def test_bad_chats_are_counted(tmp_path):
     good = {"messages": messages_of([("user", "a"), ("assistant", "b")])}
     null = {"messages": [{"role": "user", "content": None}]}
     rows = [good, {"messages": []}, {"conversations": "x"}, null, {"conversations": [{"from": "gpt"}]},
-            {"text": "no chat"}, {"conversations": [None]}, good]  # fmt: skip
+            {"text": "no chat"}, {"conversations": [None]}, good | {"tools": 5}, good]  # fmt: skip
     write_rows(tmp_path / "a.jsonl", rows)
     meta = prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=tmp_path / "tokenizer", sft=True)
-    assert meta["documents"]["tokens"] == 2 and meta["bad"] == 6
+    assert meta["documents"]["tokens"] == 2 and meta["bad"] == 7
     offsets = np.cumsum([len(json.dumps(row)) + 1 for row in rows])
-    assert [int(reason.split(":")[1].split()[-1]) for reason in meta["first_bad"]] == offsets[:6].tolist()
+    assert [int(reason.split(":")[1].split()[-1]) for reason in meta["first_bad"]] == offsets[:7].tolist()
 
 
 # ---- special tokens' strings in what is read

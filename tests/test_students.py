@@ -86,6 +86,22 @@ def test_a_checkpoint_holds_the_whole_student(kind, tmp_path):
     assert isinstance(loaded, model.Llama) == (not clone.composes)
 
 
+def test_a_checkpoint_without_what_it_is_compared_by_is_refused(tmp_path):
+    """But of a student as wide as its teacher, whose streams are compared as they are."""
+    for width in (16, 32):
+        student = make_clone(random_llama(), width, train="weights")
+        randomise(trained(student).items())
+        path = tmp_path / str(width)
+        convert.save_weights(student, path, student.trained.state_dict(), None, None)
+        (path / convert.PROJECTIONS_FILE).unlink()
+    with pytest.raises(
+        ValueError, match=r"16 lacks projections\.safetensors, by which .*layers\.0\.projections\.o"
+    ):
+        convert.load_weights(tmp_path / "16", make_clone(random_llama(), 16, train="weights"))
+    convert.load_weights(tmp_path / "32", student)
+    assert torch.equal(student.trained.layers[0].projection("o"), torch.eye(32))
+
+
 def test_clone_losses_compare_the_layers_and_neurons_that_are_kept():
     """A student with all of the teacher's width, and its weights, has no clone loss but where it is cut."""
     teacher = random_llama(num_hidden_layers=3, tie_word_embeddings=False)
