@@ -222,7 +222,7 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 @functools.cache
-def say(line: str) -> None:
+def warn_once(line: str) -> None:
     """One line on stderr, once."""
     if FIRST:
         print(line, file=sys.stderr)
@@ -243,7 +243,8 @@ def has_head_of_its_own(path: Path) -> bool:
     embedding, head = (found[name][0].get_tensor(name) for name in names)
     if embedding.shape != head.shape or torch.equal(embedding, head):
         return False
-    say(f"{path}: config.json says tie_word_embeddings, but {names[1]} is not the embedding: read as untied")
+    tied = "config.json says tie_word_embeddings"
+    warn_once(f"{path}: {tied}, but {names[1]} is not the embedding: read as untied")
     return True
 
 
@@ -254,7 +255,7 @@ def weight_files(path: Path) -> list[Path]:
     is_whole = (path / "model.safetensors").is_file()
     # As transformers chooses where both are there.
     if is_whole and index.is_file():
-        say(f"{path} has model.safetensors and {INDEX}: the first is read, as transformers does")
+        warn_once(f"{path} has model.safetensors and {INDEX}: the first is read, as transformers does")
     elif index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -541,9 +542,9 @@ def load_weights(path: Path, model: Student) -> None:
         raise ValueError(f"{path} is a clone; this run trains a plain model")
     if not is_clone(path) and model.composes:
         raise ValueError(f"{path} is a plain model; this run trains a clone (train=projections)")
-    own = model.trained.state_dict()
+    trained = model.trained.state_dict()
 
-    # A clone's checkpoint, for a clone or for a student that goes on with weights of its own.
+    # A clone's checkpoint, for a clone or for a student that goes on with weights of its trained.
     if is_clone(path):
         start = load_clone(path) if not model.composes else None
         refuse_another_clone(path, model)
@@ -552,9 +553,9 @@ def load_weights(path: Path, model: Student) -> None:
         if start:
             start_from_clone(model, start)
             return
-        expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in trained.items()}
         for name, tensor in read_tensors(weight_files(path), expected).items():
-            own[name].copy_(tensor)
+            trained[name].copy_(tensor)
         return
 
     # A plain model, and what clone losses compare it by.
@@ -563,7 +564,7 @@ def load_weights(path: Path, model: Student) -> None:
     expected = {theirs: shape for theirs, (_, shape) in names.items()}
     tensors = read_tensors(weight_files(path), expected, ignored)
     tensors = {names[theirs][0]: tensor for theirs, tensor in tensors.items()}
-    others = {name: tuple(tensor.shape) for name, tensor in own.items() if name not in tensors}
+    others = {name: tuple(tensor.shape) for name, tensor in trained.items() if name not in tensors}
     if has_projections(path) and others:
         tensors |= read_tensors([path / PROJECTIONS_FILE], others)
     elif others:
@@ -573,7 +574,7 @@ def load_weights(path: Path, model: Student) -> None:
         # Of a student as wide as its teacher: the two streams are compared as they are.
         tensors |= {name: torch.eye(*shape) for name, shape in others.items()}
     for name, tensor in tensors.items():
-        own[name].copy_(tensor)
+        trained[name].copy_(tensor)
 
 
 def refuse_another_clone(path: Path, model: Student) -> None:
@@ -581,10 +582,10 @@ def refuse_another_clone(path: Path, model: Student) -> None:
     saved = read_student_config(path)
     refuse_another_teacher(path, model.teacher, "this run's")
     layers = saved.student_layers or tuple(range(len(model.teacher.layers)))
-    if (layers, saved.student_rms_norm_eps) != (model.trained.kept, model.config.rms_norm_eps):
+    if (layers, saved.student_rms_norm_eps) != (model.trained.layer_indices, model.config.rms_norm_eps):
         raise ValueError(
             f"{path} has the teacher's layers {layers} and a norm eps of {saved.student_rms_norm_eps}, not "
-            f"{model.trained.kept} and {model.config.rms_norm_eps}"
+            f"{model.trained.layer_indices} and {model.config.rms_norm_eps}"
         )
 
 
@@ -602,7 +603,7 @@ def newest_whole(found: list[Path]) -> Path | None:
             tensor_slices([*weight_files(path), *(path / "trainer").glob("*.safetensors")])
             return path
         except ValueError as error:
-            say(f"passing over {path}: {error}")
+            warn_once(f"passing over {path}: {error}")
     return None
 
 

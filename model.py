@@ -393,12 +393,13 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, hidden, head, labels, teacher_hidden, teacher_head, scales, chunk, loss_function):
         lm_scale, kl_scale, temperature = scales
         tokens = hidden.shape[0]
-        wide = torch.promote_types(hidden.dtype, torch.float32)  # float32, or float64 to check gradients in
+        # float32, or float64 to check gradients in
+        sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
         names = ("lm", "kl", "teacher_lm", "agreement")
-        costs = {name: hidden.new_zeros(tokens, dtype=wide) for name in names}
+        costs = {name: hidden.new_zeros(tokens, dtype=sum_dtype) for name in names}
         trains = any(ctx.needs_input_grad)
         hidden_grad = torch.empty_like(hidden) if trains else None
-        head_grad = torch.zeros_like(head, dtype=wide) if trains else None
+        head_grad = torch.zeros_like(head, dtype=sum_dtype) if trains else None
         # On a CPU the vocabulary is the logits' outer dimension: their products are up to a third faster.
         outer = hidden.device.type == "cpu"
 
@@ -589,12 +590,12 @@ class MeanSquaredError(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             ctx.projection_grad = teacher.flatten(0, 1).T @ difference.flatten(0, 1)
         ctx.save_for_backward(difference)
-        wide = torch.promote_types(difference.dtype, torch.float32)
+        sum_dtype = torch.promote_types(difference.dtype, torch.float32)
         # On a CPU a norm adds up value by value, and is off by 6e-5 after two million; a mean adds pairwise.
         # On a GPU a norm is as exact, and takes no memory for the squares.
         if difference.device.type == "cpu":
-            return difference.to(wide).square().mean()
-        return torch.linalg.vector_norm(difference, dtype=wide).square() / difference.numel()
+            return difference.to(sum_dtype).square().mean()
+        return torch.linalg.vector_norm(difference, dtype=sum_dtype).square() / difference.numel()
 
     @staticmethod
     def backward(ctx, grad):
@@ -686,8 +687,8 @@ class StudentLayer(nn.Module):
             {name: torch.empty(teacher_size, config.hidden_size) for name in names}
         )
         shapes = config.layer_shapes()
-        self.own = ("input_norm", "post_norm") if self.composes else tuple(shapes)
-        for name in self.own:
+        self.trained_names = ("input_norm", "post_norm") if self.composes else tuple(shapes)
+        for name in self.trained_names:
             self.register_parameter(name, nn.Parameter(torch.empty(shapes[name])))
         # Which of the teacher's FFN neurons the student has, where it has not all.
         neurons = None
@@ -713,7 +714,7 @@ class StudentLayer(nn.Module):
             weights |= {name: p[name].T @ w[name] for name in WRITES}
             if "o_bias" in w:
                 weights["o_bias"] = w["o_bias"] @ p["o"]
-        weights |= {name: in_dtype(getattr(self, name), dtype) for name in self.own}
+        weights |= {name: in_dtype(getattr(self, name), dtype) for name in self.trained_names}
         projections = {name: in_dtype(self.projection(name), dtype) for name in self.compared}
         return weights, projections
 
@@ -768,7 +769,7 @@ class StudentWeights(nn.Module):
         if not self.composes and not config.tie_word_embeddings:
             self.head = nn.Parameter(torch.empty(config.vocab_size, size))
         # Which of the teacher's layers each is made of.
-        self.kept = student.student_layers or tuple(range(config.num_hidden_layers))
+        self.layer_indices = student.student_layers or tuple(range(config.num_hidden_layers))
 
     def forward(self, teacher: Llama | None, dtype: torch.dtype) -> tuple[dict, dict]:
         """(weights, projections) in `dtype`: weights as Llama.weights has them, and the projections that the
@@ -778,7 +779,7 @@ class StudentWeights(nn.Module):
         """
         weights = {"layers": [], "norm": in_dtype(self.norm, dtype)}
         projections = {"layers": []}
-        for layer, k in zip(self.layers, self.kept, strict=True):
+        for layer, k in zip(self.layers, self.layer_indices, strict=True):
             layer_weights, layer_projections = layer(teacher.layers[k] if self.composes else None, dtype)
             weights["layers"].append(layer_weights)
             projections["layers"].append(layer_projections)
@@ -888,10 +889,10 @@ class Student(nn.Module):
         run = self.run_block
         if self.recompute == "both":
             run = functools.partial(checkpoint, run, use_reentrant=False)
-        # Every layer that one of the two has: the student's layer j is beside the teacher's layer kept[j].
-        layer_of = {k: j for j, k in enumerate(self.trained.kept)}
+        # Every layer that one of the two has, the student's beside the teacher's that it is made of.
+        layer_of = {k: j for j, k in enumerate(self.trained.layer_indices)}
         by_layer = []
-        for i in range(max(len(teacher_layers), self.trained.kept[-1] + 1)):
+        for i in range(max(len(teacher_layers), self.trained.layer_indices[-1] + 1)):
             teacher = None
             student = None
             compare = None
@@ -992,7 +993,7 @@ class Student(nn.Module):
             hidden_states(weights, ids[None], config, look=look)
         if self.loss_config.clone_scale == "teacher":
             self.mean_squares = {name: total / count for name, total in squares.items()}
-        for layer, k in zip(self.trained.layers, self.trained.kept, strict=True):
+        for layer, k in zip(self.trained.layers, self.trained.layer_indices, strict=True):
             if layer.neurons is not None:
                 layer.neurons.copy_(energies[k].topk(len(layer.neurons)).indices.sort().values)
         return covariance / covariance.trace()
@@ -1067,7 +1068,7 @@ def init_from_basis(student: Student, basis: Tensor, covariance: Tensor, balance
     # Less energy in fewer channels: x / rms(x) of what is kept is smaller by this than the teacher's.
     scale = ((basis * (covariance @ basis)).sum() * d_t / d_s).sqrt()
 
-    def absorb(norm: nn.Parameter, projections: list[nn.Parameter], teacher_norm: Tensor) -> None:
+    def fold_norm(norm: nn.Parameter, projections: list[nn.Parameter], teacher_norm: Tensor) -> None:
         """The teacher's norm weight goes into what reads behind it, as far as a basis allows."""
         norm.data.fill_(rms(teacher_norm) * scale)
         for projection in projections:
@@ -1075,11 +1076,12 @@ def init_from_basis(student: Student, basis: Tensor, covariance: Tensor, balance
 
     teacher = student.teacher
     trained = student.trained
-    for layer, k in zip(trained.layers, trained.kept, strict=True):
+    for layer, k in zip(trained.layers, trained.layer_indices, strict=True):
         norms = teacher.layers[k]
-        absorb(layer.input_norm, [layer.projection(name) for name in ("q", "k", "v")], norms["input_norm"])
-        absorb(layer.post_norm, [layer.projection(name) for name in ("gate", "up")], norms["post_norm"])
+        fold_norm(layer.input_norm, [layer.projection(name) for name in ("q", "k", "v")], norms["input_norm"])
+        fold_norm(layer.post_norm, [layer.projection(name) for name in ("gate", "up")], norms["post_norm"])
         for name in WRITES:
             layer.projection(name).data.copy_(write)
     trained.embedding_projection.data.copy_(write)
-    absorb(trained.norm, [] if trained.head_projection is None else [trained.head_projection], teacher.norm)
+    head_projections = [] if trained.head_projection is None else [trained.head_projection]
+    fold_norm(trained.norm, head_projections, teacher.norm)

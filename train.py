@@ -238,7 +238,7 @@ def unshard(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def own_shard(tensor: torch.Tensor) -> torch.Tensor:
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """The rows of a tensor that this rank has: all of them but under FSDP."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
@@ -477,16 +477,16 @@ class Muon:
         self.adamw.step()
         for group in self.groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            buffers = [own_shard(self.state[p]["momentum_buffer"]) for p in parameters]
+            buffers = [local_shard(self.state[p]["momentum_buffer"]) for p in parameters]
             # Where the step is skipped, the momentum stands in for the gradient, and so stays what it is.
             skips = self.found_inf.bool()
-            gradients = [own_shard(p.grad) for p in parameters]
+            gradients = [local_shard(p.grad) for p in parameters]
             gradients = [torch.where(skips, *pair) for pair in zip(buffers, gradients, strict=True)]
             torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
             updates = torch._foreach_lerp(gradients, buffers, self.momentum)
             if group["weight_decay"]:
                 decay = torch.where(skips, 1.0, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_mul_([own_shard(p) for p in parameters], decay)
+                torch._foreach_mul_([local_shard(p) for p in parameters], decay)
 
             by_shape = {}
             for p, update in zip(parameters, updates, strict=True):
@@ -499,7 +499,7 @@ class Muon:
                     # torch.optim.Muon too begins in bfloat16.
                     stack = torch.stack([update.bfloat16() for update in updates]) * ~skips
                     steps = orthogonalise_together(stack, some[0])
-                    torch._foreach_add_([own_shard(p) for p in some], [*steps], alpha=scale)
+                    torch._foreach_add_([local_shard(p) for p in some], [*steps], alpha=scale)
 
     def zero_grad(self, set_to_none: bool) -> None:
         self.adamw.zero_grad(set_to_none)
@@ -591,8 +591,8 @@ def learning_rate_at(step: int, steps: int) -> float:
 def split_batch() -> tuple[int, int]:
     """(blocks of a forward pass on each process, forward passes of a step): the largest passes that have
     equal size and at most micro_batch_size blocks."""
-    share, rest = divmod(global_batch_size, WORLD_SIZE)
-    if rest or not share:
+    share, remainder = divmod(global_batch_size, WORLD_SIZE)
+    if remainder or not share:
         raise ValueError(
             f"global_batch_size is {global_batch_size}; it must divide by {WORLD_SIZE} processes"
         )

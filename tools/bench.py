@@ -233,8 +233,8 @@ def where_time_goes(step, first: int, device: torch.device) -> dict[str, float]:
         return {"torch.profiler sees no kernels here (CUPTI)": elapsed / 2e3}
     by_size = sorted(microseconds.items(), key=lambda item: -item[1])
     nothing = "no kernel" if on_gpu else "no operator: Python, autograd"
-    rest = max(0.0, elapsed - sum(microseconds.values()))
-    return {kind: value / 2e3 for kind, value in [*by_size, (nothing, rest)]}
+    uncounted = max(0.0, elapsed - sum(microseconds.values()))
+    return {kind: value / 2e3 for kind, value in [*by_size, (nothing, uncounted)]}
 
 
 def measure_step() -> None:

@@ -84,7 +84,7 @@ def fit_layers(
     contexts = layer_contexts(teacher.config, torch.arange(ids.shape[1], device=ids.device))
     x_t = F.embedding(ids, teacher.embedding).float()  # [N, T, d_T]
     x_s = x_t @ clone.trained.embedding_projection.float()  # [N, T, d_S]
-    kept = clone.trained.kept
+    kept = clone.trained.layer_indices
     ends = [*kept[1:], len(teacher.layers)]
     # The layers before the first that is kept.
     x_t = teacher_streams(teacher, x_t, contexts, 0, kept[0])[1]

@@ -246,8 +246,8 @@ def muon_flops(model, processes: int) -> float:
     total = 0.0
     for shape, count in counts.items():
         m, n = sorted(shape)
-        stacks, rest = divmod(count, train.MATRICES_AT_ONCE * processes)
-        share = stacks * train.MATRICES_AT_ONCE + math.ceil(rest / processes)
+        stacks, remainder = divmod(count, train.MATRICES_AT_ONCE * processes)
+        share = stacks * train.MATRICES_AT_ONCE + math.ceil(remainder / processes)
         total += share * 5 * (4 * m * m * n + 2 * m**3)
     return total
 

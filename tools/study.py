@@ -155,8 +155,8 @@ def main() -> None:
             name = f"{variant}_{seed}".replace(" --", "_").replace("/", "-")
             directory = Path(options["out_dir"]) / name
             command = ["train.py", *arguments_of(variant), f"--seed={seed}", f"--out_dir={directory}"]
-            shown = [json.dumps(word) if "'" in word else word for word in command]
-            print("python", *shown, flush=True)
+            words = [json.dumps(word) if "'" in word else word for word in command]
+            print("python", *words, flush=True)
             if run:
                 complete(directory, command, options)
             if lines := finished_lines(directory, options):
