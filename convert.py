@@ -544,7 +544,7 @@ def load_weights(path: Path, model: Student) -> None:
         raise ValueError(f"{path} is a plain model; this run trains a clone (train=projections)")
     trained = model.trained.state_dict()
 
-    # A clone's checkpoint, for a clone or for a student that goes on with weights of its trained.
+    # A clone's checkpoint, for a clone or for a student that goes on with weights of its own.
     if is_clone(path):
         start = load_clone(path) if not model.composes else None
         refuse_another_clone(path, model)
