@@ -175,18 +175,16 @@ def count_flops(recompute: str = "none") -> dict[str, float]:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             make_weights = counted("compose", model.trained)
-            # Its optimizer does nothing, since neither clipping nor AdamW is products.
-            optimizer = torch.optim.SGD(model.trained.parameters(), fused=True)
+            optimizer = train.make_optimizer(model.trained)
+            optimizer.step = counted("Muon", optimizer.step)
             with counter:
                 train.training_step(model, make_weights, optimizer, blocks, 0, 0.0, train.Metrics())
     forward = sum(parts.values())
     # Composing goes backward once too, to the projections: as many operations as forward.
     parts["backward of the rest"] = counter.get_total_flops() - forward - parts["compose"]
-    for name in parts:
-        parts[name] *= 2 * processes if name == "compose" else passes * processes
-    if not model.composes:
-        parts.pop("compose")
-    return dict(parts)
+    # Each process composes once, and does its share of Muon's products.
+    times = {"compose": 2 * processes, "Muon": 1}
+    return {name: flops * times.get(name, passes * processes) for name, flops in parts.items() if flops}
 
 
 # ---- its time

@@ -36,7 +36,6 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import math
-import weakref
 from unittest.mock import patch
 
 import torch
@@ -44,20 +43,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from bench import RandomTokens, count_flops, random_teacher
 from torch._guards import active_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.distributed import device_mesh
-from torch.distributed._tools.common_utils import get_untyped_storages
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fake_collectives import CollectiveOp, non_functional_collectives
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.tensor import DTensor, _sharding_prop
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import convert
 import model as models
 import train
-
-# Values of activation_checkpointing that differ, of a plain model and of a clone.
-RECOMPUTE = {False: ("none", "both"), True: ("none", "student", "both")}
 
 
 def config_of(path: str) -> dict:
@@ -83,19 +77,9 @@ def set_options(options: dict) -> None:
     train.load_teacher = random_teacher
 
 
-class FusedRMSNorm(torch.autograd.Function):
+def fused_rms_norm(x, shape, weight, eps):
     """What F.rms_norm keeps and makes on a GPU, where it is one kernel; on a CPU it is six."""
-
-    @staticmethod
-    def forward(ctx, x, shape, weight, eps):
-        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, _ = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        return torch.empty_like(x), None, torch.empty_like(weight) if needs[2] else None, None
+    return x * weight
 
 
 def fused_loss(logits, labels, teacher_logits, temperature) -> dict:
@@ -105,73 +89,28 @@ def fused_loss(logits, labels, teacher_logits, temperature) -> dict:
     return {"lm": costs, "kl": costs}
 
 
-class Watch(TorchDispatchMode):
-    """Follows a step on fake tensors: the bytes of all that are alive, the most so far, and the bytes sent.
+class Watch(MemTracker):
+    """PyTorch's memory tracker, which also counts the bytes sent in a step.
 
     A collective is taken for a ring: each rank sends the whole but for its own part.
     """
 
-    def __init__(self, held: list[torch.Tensor]):
+    def __init__(self):
         super().__init__()
-        self.alive = 0
-        self.peak = 0
         self.sent = 0.0
-        self.sizes = {}  # of storages, by their address
         self.fake_mode = active_fake_mode()
-        self.add(held)
-
-    def add(self, tensors: list[torch.Tensor]) -> None:
-        for tensor in tensors:
-            for storage in get_untyped_storages(tensor):
-                if storage._cdata not in self.sizes:
-                    weakref.finalize(storage, self.resize, storage._cdata, None)
-                self.resize(storage._cdata, storage.nbytes())
-
-    def resize(self, address: int, size: int | None) -> None:
-        """size: None where the storage is gone."""
-        self.alive += (size or 0) - self.sizes.pop(address, 0)
-        if size is not None:
-            self.sizes[address] = size
-        self.peak = max(self.peak, self.alive)
-
-    def __enter__(self):
-        straight = torch.UntypedStorage.resize_
-
-        def resize(storage, size: int):  # by which FSDP frees what it has gathered, and takes it again
-            straight(storage, size)
-            if storage._cdata in self.sizes:
-                self.resize(storage._cdata, storage.nbytes())
-            return storage
-
-        self.patched = patch.object(torch.UntypedStorage, "resize_", resize)
-        self.patched.start()
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        self.patched.stop()
-        return super().__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if DTensor in types:
-            return NotImplemented  # what it does to its local tensors is seen
-        # DTensor finds shapes on whole fake tensors of a mode of its own, which would not be there
-        if active_fake_mode() is not self.fake_mode:
+        # Before torch 2.12 the tracker counts the whole tensors on which DTensor finds shapes.
+        if DTensor not in types and active_fake_mode() is not self.fake_mode:
             return function(*args, **(kwargs or {}))
-        self.send(function, args)
-        if function is torch.ops._c10d_functional.wait_tensor.default:
-            return args[0]  # a fake one would be new
-        result = function(*args, **(kwargs or {}))
-        self.add([leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)])
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        if function in non_functional_collectives:
+            ranks = CollectiveOp.get_process_group(function, args).size()
+            size = CollectiveOp.get_comm_tensor_size(function, result, args, kwargs)
+            rounds = 2 if function is torch.ops.c10d.allreduce_.default else 1
+            self.sent += rounds * size * (ranks - 1) / ranks
         return result
-
-    def send(self, function, args: tuple) -> None:
-        c10d = torch.ops.c10d
-        if function in (c10d._allgather_base_.default, c10d._reduce_scatter_base_.default):
-            self.sent += abs(args[0].nbytes - args[1].nbytes)
-        elif function is c10d.alltoall_base_.default:  # among the shards
-            self.sent += args[1].nbytes * (1 - train.replicas / train.WORLD_SIZE)
-        elif function is c10d.allreduce_.default:  # among the replicas
-            self.sent += 2 * (1 - 1 / train.replicas) * sum(tensor.nbytes for tensor in args[0])
 
 
 def measure(ranks: int, parallel: str, recompute: str, gpu: bool = True) -> tuple[int, float]:
@@ -181,14 +120,8 @@ def measure(ranks: int, parallel: str, recompute: str, gpu: bool = True) -> tupl
     tensors are on the CPU, since a PyTorch without CUDA cannot run backward on a GPU's.
     """
     where = torch.device("cpu")
-    dtype = getattr(torch, train.dtype or ("bfloat16" if gpu else "float32"))
-    real_mesh = device_mesh.init_device_mesh
     real_chunk = models.loss_chunk
     real_split = train.split_batch
-
-    def make_mesh(*arguments, **options):  # computes with real numbers
-        with unset_fake_temporarily():
-            return real_mesh(*arguments, **options)
 
     def split_batch() -> tuple[int, int]:
         size, passes = real_split()
@@ -197,16 +130,15 @@ def measure(ranks: int, parallel: str, recompute: str, gpu: bool = True) -> tupl
     replaced = [
         (train, "WORLD_SIZE", ranks),
         (train, "parallel", parallel),
-        (train, "dtype", str(dtype).removeprefix("torch.")),
+        (train, "dtype", train.dtype or ("bfloat16" if gpu else "float32")),
         (train, "split_batch", split_batch),
-        (device_mesh, "init_device_mesh", make_mesh),
         (_sharding_prop, "detect_fake_mode", lambda: None),  # see Watch
     ]
     if gpu:
         cuda = torch.device("cuda")
         replaced += [
             (train, "mask_documents", False),  # a GPU makes no mask
-            (F, "rms_norm", FusedRMSNorm.apply),
+            (F, "rms_norm", fused_rms_norm),
             (models, "loss_chunk", lambda vocab_size, device: real_chunk(vocab_size, cuda)),
         ]
     with contextlib.ExitStack() as stack:
@@ -215,41 +147,26 @@ def measure(ranks: int, parallel: str, recompute: str, gpu: bool = True) -> tupl
         for owner, name, value in replaced:
             stack.enter_context(patch.object(owner, name, value))
         with torch.device("meta"):
-            model = train.build_model(dtype)
+            model = train.build_model(train.dtype_on(where))
+        # A device mesh computes with real numbers.
+        make_weights = train.distribute(model.trained, where) if parallel == "fsdp" else model.trained
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model.to_empty(device=where)
         model.recompute = recompute
         if gpu:
             model.chunk_loss = fused_loss
-        make_weights = train.distribute(model.trained, where) if parallel == "fsdp" else model.trained
         optimizer = train.make_optimizer(model.trained)
         state = train.optimizer_state(model.trained, optimizer)  # as after a first step
-        parameters = list(model.trained.parameters())
-        sent = 0.0
+        watch = Watch()
         if ranks > 1 and parallel == "ddp":
-            for p in parameters:
+            for p in model.trained.parameters():
                 p.grad = torch.zeros_like(p)  # in DDP's buckets, which stay
-            sent = 2 * (ranks - 1) / ranks * sum(p.nbytes for p in parameters)
-        gradients = [p.grad for p in parameters if p.grad is not None]
+                watch.sent += 2 * (ranks - 1) / ranks * p.nbytes
         blocks = RandomTokens(model.config.vocab_size, train.seq_len)
-        with Watch([*model.parameters(), *model.buffers(), *state.values(), *gradients]) as watch:
+        watch.track_external(model, *state.values())
+        with watch:
             train.training_step(model, make_weights, optimizer, blocks, 0, 0.0, train.Metrics())
-        return watch.peak, watch.sent + sent
-
-
-def muon_flops(model, processes: int) -> float:
-    """Of the five rounds of Newton-Schulz by which Muon makes a step, on the process that has the most."""
-    counts = {}
-    for name, p in model.trained.named_parameters():
-        if train.is_for_muon(name, p):
-            counts[p.shape] = counts.get(p.shape, 0) + 1
-    total = 0.0
-    for shape, count in counts.items():
-        m, n = sorted(shape)
-        stacks, remainder = divmod(count, train.MATRICES_AT_ONCE * processes)
-        share = stacks * train.MATRICES_AT_ONCE + math.ceil(remainder / processes)
-        total += share * 5 * (4 * m * m * n + 2 * m**3)
-    return total
+        return watch.get_tracker_snapshot("peak")[where]["Total"], watch.sent
 
 
 def count_parameters(shape: models.ModelConfig) -> int:
@@ -301,9 +218,10 @@ def main() -> None:
         return print_shapes(dataclasses.replace(teacher, tie_word_embeddings=tied))
     if gpus < 1 or gpus % train.replicas:
         raise ValueError(f"gpus is {gpus}; it must be above 0 and a multiple of replicas, {train.replicas}")
-    gpu, tokens = train.device != "cpu", train.global_batch_size * train.seq_len
-    with patch.object(train, "WORLD_SIZE", gpus):
-        size, passes = train.split_batch()
+    train.WORLD_SIZE = gpus
+    gpu = train.device != "cpu"
+    tokens = train.global_batch_size * train.seq_len
+    size, passes = train.split_batch()
     with torch.device("meta"):
         model = train.build_model(torch.float32)
     clone = model.teacher is not None
@@ -312,23 +230,15 @@ def main() -> None:
     print(f"trained {sum(p.numel() for p in model.parameters() if p.requires_grad):15,}")
     print(f"{'student' if clone else 'model':8}{count_parameters(model.config):15,}")
 
-    with patch.object(train, "WORLD_SIZE", gpus):
-        parts = count_flops()
-        # Checkpointing runs layers again, but for what nothing in their backward needs.
-        work = {"none": sum(parts.values())}
-        for recompute in RECOMPUTE[clone][1:]:
-            work[recompute] = sum(count_flops(recompute).values())
-    muon = muon_flops(model, gpus // train.replicas)
-    if muon:
-        parts["Muon"] = gpus * muon
-    work = {recompute: flops + gpus * muon for recompute, flops in work.items()}
+    # The values of activation_checkpointing that differ; layers run again but for what no backward needs.
+    checkpointing = ("none", "student", "both") if clone else ("none", "both")
+    parts = {recompute: count_flops(recompute) for recompute in checkpointing}
+    work = {recompute: sum(parts[recompute].values()) for recompute in checkpointing}
     print(f"\nGFLOP a token, of {tokens:,} tokens a step on {gpus} {'GPUs' if gpu else 'processes'}")
-    for name, value in (parts | {"all": work["none"]}).items():
+    for name, value in (parts["none"] | {"all": work["none"]}).items():
         print(f"  {name:20}{value / tokens / 1e9:8.2f}")
-    if muon:
-        print(f"  of Muon's, {muon / 1e12:.2f} TFLOP a step on each of them")
-    for recompute, flops in [*work.items()][1:]:
-        more = (flops - work["none"]) / tokens / 1e9
+    for recompute in checkpointing[1:]:
+        more = (work[recompute] - work["none"]) / tokens / 1e9
         print(f"  {recompute + ' again':20}{more:8.2f}  (besides, with activation_checkpointing={recompute})")
 
     batch = f"{passes} x {size} blocks of {train.seq_len} tokens"
