@@ -23,18 +23,19 @@ if __name__ == "__main__":
     configure(globals())
 
 import contextlib
-import dataclasses
 import functools
 import importlib.metadata
 import io
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 from unittest.mock import patch
@@ -50,7 +51,7 @@ from safetensors.torch import load_file
 
 import convert
 import model as models
-from configurator import choose_device, fail, read_options
+from configurator import choose_device, fail, read_json, read_options
 from prepare import encode_text, load_tokenizer, write_shards
 
 GOLDEN = ROOT / "tests/golden"
@@ -79,8 +80,6 @@ def largest_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 # ---- the authors' numbers
 
-# The paper's weights, temperature and spaces of the terms.
-PAPER = models.LossConfig(1.0, 1.0, 40.0, 0.2, "student", "student", "none", (), ())
 TERMS = {
     "q": "attn-q-sim", "k": "attn-k-sim", "v": "attn-v-sim", "attn_out": "attn-out-sim",
     "gate": "mlp-gate", "up": "mlp-up", "mlp_out": "mlp-out",
@@ -94,7 +93,7 @@ def as_stored(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def golden(case: str, dtype=torch.float32, device="cpu"):
     """(numbers, our result after backward, clone, {the authors' name: our parameter}) of a case."""
-    settings = json.loads((GOLDEN / case / "case.json").read_text())
+    settings = read_json(GOLDEN / case / "case.json")
     numbers = load_file(GOLDEN / case / "golden.safetensors")
     source = load_file(GOLDEN / "A_i" / "golden.safetensors") if case == "A_ii" else numbers
     config = convert.from_hf(settings["teacher_config"])
@@ -104,12 +103,11 @@ def golden(case: str, dtype=torch.float32, device="cpu"):
     teacher.load_state_dict({ours: source[f"teacher.{name}"] for name, (ours, _) in names.items()})
     tied = bool(lrc["tie_word_emb_proj"])
     student = models.StudentConfig(lrc["target_hidden_size"], False, False, tied, lrc["target_rms_norm_eps"])
-    losses = dataclasses.replace(
-        PAPER,
-        kl_weight=24 / lrc["kl_temperature"] ** 2,  # the reference sums KL over the 24 positions, without T²
-        kl_temperature=lrc["kl_temperature"],
-        clone_weight=lrc["aux_loss_scale_factor"],
-        clone_attn_out="teacher",
+    temperature = lrc["kl_temperature"]
+    kl_weight = 24 / temperature**2  # the reference sums KL over the 24 positions, without T²
+    clone_weight = lrc["aux_loss_scale_factor"]
+    losses = models.LossConfig(
+        1.0, kl_weight, temperature, clone_weight, "teacher", "student", "none", (), ()
     )
     shape = models.student_shape(config, student)
     clone = models.Student(shape, teacher.to(dtype), student, losses).to(device)
@@ -126,29 +124,25 @@ def golden(case: str, dtype=torch.float32, device="cpu"):
     return numbers, result, clone, trained
 
 
-def golden_errors(case: str, dtype=torch.float32, device="cpu") -> dict[str, float]:
-    """{name of a loss, gradient or logits in the reference: our largest difference from it}."""
-    numbers, result, clone, trained = golden(case, dtype, device)
-    ours = {"loss.total": result["loss"], "loss.target_lm": result["lm"], "loss.raw_lm": result["raw_lm"]}
-    ours["loss.logits_kl"] = result["kl"] * 24
-    for term, by_layer in result["terms"].items():
-        ours |= {f"loss.L{i}-{TERMS[term]}-loss": value for i, value in enumerate(by_layer)}
-    for name, parameter in trained.items():
-        ours[f"grad.{name}"] = as_stored(parameter.grad, like=numbers[f"grad.{name}"])
-    ids = numbers["input_ids"].to(device)
-    ours["student_logits"] = clone(ids)[:, 1::2]
-    ours["teacher_logits"] = clone.teacher(ids)[:, 1::2]
-    assert set(ours) == {n for n in numbers if n.startswith(("loss.", "grad.")) or n.endswith("_logits")}
-    return {name: largest_difference(x, numbers[name].reshape(x.shape)) for name, x in ours.items()}
-
-
 def reference_vectors(dtype: torch.dtype, bound: float) -> str:
-    worst = {}
+    """Each loss, gradient and logits in the reference, against ours."""
+    errors = {}
     for case in ("A_i", "A_ii", "B_i", "C_i"):
-        for name, error in golden_errors(case, dtype, device).items():
-            worst[f"{case} {name}"] = error
-    name = max(worst, key=lambda name: np.nan_to_num(worst[name], nan=np.inf))
-    return within(f"{len(worst)} numbers; {name}: difference", worst[name], bound)
+        numbers, result, clone, trained = golden(case, dtype, device)
+        ours = {"loss.total": result["loss"], "loss.target_lm": result["lm"], "loss.raw_lm": result["raw_lm"]}
+        ours["loss.logits_kl"] = result["kl"] * 24
+        for term, by_layer in result["terms"].items():
+            ours |= {f"loss.L{i}-{TERMS[term]}-loss": value for i, value in enumerate(by_layer)}
+        for name, parameter in trained.items():
+            ours[f"grad.{name}"] = as_stored(parameter.grad, like=numbers[f"grad.{name}"])
+        ids = numbers["input_ids"].to(device)
+        ours["student_logits"] = clone(ids)[:, 1::2]
+        ours["teacher_logits"] = clone.teacher(ids)[:, 1::2]
+        assert set(ours) == {n for n in numbers if n.startswith(("loss.", "grad.")) or n.endswith("_logits")}
+        for name, x in ours.items():
+            errors[f"{case} {name}"] = largest_difference(x, numbers[name].reshape(x.shape))
+    name = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
+    return within(f"{len(errors)} numbers; {name}: difference", errors[name], bound)
 
 
 # ---- documents
@@ -211,20 +205,13 @@ def launch(count: int, script: Path, *arguments: str) -> str:
 
 
 def reason(output: str) -> str:
-    """The lines of a failed run that say why: from the first error on, since torchrun's own comes after."""
+    """Of what a failed run printed, or a traceback, the lines that say why: from the first error on, since
+    torchrun's own come after it, and so do the errors that one led to."""
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
     for i, line in enumerate(lines):
-        if line.startswith("error") or "Error: " in line:
+        if re.match(r"error|(\[rank\d+\]: )?[\w.]+Error: ", line):
             return "\n".join(lines[i : i + 8])
     return "\n".join(lines[-8:])
-
-
-def cause(error: BaseException) -> str:
-    """Of an error the innermost one that it came from, whole but for the middle of a long one."""
-    while error.__cause__ or (error.__context__ and not error.__suppress_context__):
-        error = error.__cause__ or error.__context__
-    lines = f"{type(error).__name__}: {error}".strip().splitlines()
-    return "\n".join(lines if len(lines) <= 12 else [*lines[:4], "…", *lines[-8:]])
 
 
 FLOAT32 = ("--dtype=float32", "--compile=False")
@@ -282,31 +269,19 @@ def resume(work: Path) -> str:
 
 
 @functools.cache
-def benchmark(count: int, parallel: str) -> dict:
+def speed(count: int, parallel: str = "ddp") -> str:
     """The line of JSON that tools/bench.py ends with, of LRC-1.5B's step, three blocks a GPU."""
-    is_small = torch.cuda.get_device_properties(0).total_memory < 48 * 2**30
     output = launch(
         count, ROOT / "tools/bench.py", str(ROOT / "config/lrc_1_5b.py"), "--data=None", "--max_steps=12",
         f"--teacher={ROOT / 'config/teachers/Llama-3.2-3B-Instruct.json'}", "--micro_batch_size=3",
         f"--global_batch_size={3 * count}", f"--parallel={parallel}",
-        f"--activation_checkpointing={'student' if is_small else 'none'}",
     )  # fmt: skip
-    return json.loads([line for line in output.splitlines() if line.startswith("{")][-1])
-
-
-def speed(count: int) -> str:
-    found = benchmark(count, "ddp")
-    times = ", ".join(f"{name.partition(':')[0]} {value:.1f}" for name, value in found["ms"].items())
-    return (
-        f"{count} x 3 x 2048 tokens a step: {found['tokens_per_second']:,.0f} tokens/s, "
-        f"{found['matmul_fraction']:.0%} of torch.mm's {found['matmul_gflops'] / 1000:,.0f} TFLOP/s, "
-        f"{found['peak_memory_gib']:.1f} GiB; ms: {times}"
-    )
+    return [line for line in output.splitlines() if line.startswith("{")][-1]
 
 
 def fsdp_speed() -> str:
     """A step on a mesh of one against a plain one: what FSDP itself costs, nothing being sent."""
-    plain, sharded = (benchmark(1, parallel)["seconds_per_step"] for parallel in ("ddp", "fsdp"))
+    plain, sharded = (json.loads(speed(1, parallel))["seconds_per_step"] for parallel in ("ddp", "fsdp"))
     text = within("ratio", sharded / plain, 1.05)
     return f"{1000 * plain:.0f} ms, {1000 * sharded:.0f} under fsdp: {text}"
 
@@ -343,16 +318,14 @@ def fsdp_cpu_time() -> str:
             steps[parallel](number)
             return 1000 * (time.process_time() - start)
 
-    attempts = 0
-    for _ in range(3):
-        attempts += 1
+    for attempts in (1, 2, 3):
         times = [[cpu_time(parallel, number) for parallel in ("ddp", "fsdp")] for number in range(20)]
         plain, sharded = np.median(times, axis=0)
+        what = f"{plain:.0f} ms of CPU time, {sharded:.0f} under fsdp, measured {attempts} x: ratio"
         if sharded / plain <= 1.6:
             break
     torch.set_num_threads(threads)
     torch.distributed.destroy_process_group()
-    what = f"{plain:.0f} ms of CPU time, {sharded:.0f} under fsdp, measured {attempts} x: ratio"
     return within(what, sharded / plain, 1.6)
 
 
@@ -384,8 +357,8 @@ def checks(work: Path) -> list[tuple]:
     if device == "cpu":
         of_cpu = "a CPU, on which the tests show it"
         of_memory = "a CPU, which python tools/bench.py config/bench_smollm2.py measures"
-    elif torch.cuda.get_device_properties(0).total_memory < 38 * 2**30:
-        of_memory = "the GPU has less than 38 GiB; LRC-1.5B takes 32 and some reserve"
+    elif torch.cuda.get_device_properties(0).total_memory < 48 * 2**30:
+        of_memory = "the GPU has less than 48 GiB; LRC-1.5B takes 41 and some reserve"
     if processes == 1:
         of_one = "one device"
     if models.flash_attn_varlen_func is None:
@@ -434,7 +407,7 @@ def main() -> int:
                 text = why_not or function(*arguments)
                 result = "not run" if why_not else "pass"
             except Exception as error:  # whatever went wrong belongs into the table, and the others go on
-                text = str(error) if isinstance(error, Failed) else cause(error)
+                text = str(error) if isinstance(error, Failed) else reason(traceback.format_exc())
                 result = "fail"
             counts[result] += 1
             text = text.replace("\n", "\n    ")
