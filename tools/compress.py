@@ -25,11 +25,10 @@ if __name__ == "__main__":
     configure(globals(), own)
     options = configure({"__file__": ROOT / "train.py"}, others)
 
-import functools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +43,7 @@ RIDGE = 0.01  # of the mean energy of what a projection gets: how firmly it is h
 
 
 @torch.no_grad()
-def fit_clone(clone: Student, ids: Tensor, ridge: float = RIDGE, progress: Callable = list) -> None:
+def fit_clone(clone: Student, ids: Tensor) -> None:
     """Fits the projections of a clone that "pca" has started to the tokens ids [N, T], in closed form.
 
     Teacher and student walk the tokens side by side, a layer at a time. What reads the student's stream is
@@ -57,24 +56,22 @@ def fit_clone(clone: Student, ids: Tensor, ridge: float = RIDGE, progress: Calla
     """
     teacher = clone.teacher
     basis = clone.trained.embedding_projection.float().clone()
-    x_t, x_s = fit_layers(clone, ids, basis, ridge, progress)
+    x_t, x_s = fit_layers(clone, ids, basis)
     hidden_t = rms_norm(x_t, teacher.norm, teacher.config.rms_norm_eps)
     if clone.trained.head_projection is not None:
         hidden_s = rms_norm(x_s, clone.trained.norm, clone.config.rms_norm_eps)
-        fit_reads([clone.trained.head_projection], hidden_s, hidden_t, ridge)
+        fit_reads([clone.trained.head_projection], hidden_s, hidden_t)
         return
     metric = logit_metric(teacher, hidden_t)
-    fit_tied_projection(clone, ids, basis, hidden_t, x_s, metric, ridge)
-    _, x_s = fit_layers(clone, ids, basis, ridge, progress)
+    fit_tied_projection(clone, ids, basis, hidden_t, x_s, metric)
+    _, x_s = fit_layers(clone, ids, basis)
     second, cross = final_moments(hidden_t, x_s, clone.config.rms_norm_eps)
     projection = clone.trained.embedding_projection.double()
     norm = clone.trained.norm
-    norm.copy_(final_norm(projection, norm.double(), second, cross, metric, ridge))
+    norm.copy_(final_norm(projection, norm.double(), second, cross, metric))
 
 
-def fit_layers(
-    clone: Student, ids: Tensor, basis: Tensor, ridge: float, progress: Callable
-) -> tuple[Tensor, Tensor]:
+def fit_layers(clone: Student, ids: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Fits the layers, from the first to the last; returns the final streams of teacher and student.
 
     basis B [d_T, d_S]: the student's stream shall be x B where the teacher's is x. See fit_clone.
@@ -88,7 +85,8 @@ def fit_layers(
     ends = [*kept[1:], len(teacher.layers)]
     # The layers before the first that is kept.
     x_t = teacher_streams(teacher, x_t, contexts, 0, kept[0])[1]
-    for layer, first, end in progress([*zip(clone.trained.layers, kept, ends, strict=True)]):
+    steps = [*zip(clone.trained.layers, kept, ends, strict=True)]
+    for layer, first, end in show(steps, desc="fitting", unit="layer"):
         weights = {name: weight.float() for name, weight in teacher.layers[first].items()}
         middle, out = teacher_streams(teacher, x_t, contexts, first, end)
         # Errors count relative to the token's stream, or the massive tokens would decide alone.
@@ -97,19 +95,19 @@ def fit_layers(
         # Attention: what reads the stream, then what writes to it.
         normed_s = rms_norm(x_s, layer.input_norm, config.rms_norm_eps)
         normed_t = rms_norm(x_t, weights["input_norm"], teacher.config.rms_norm_eps)
-        fit_reads([layer.projection(name) for name in ("q", "k", "v")], normed_s, normed_t, ridge)
+        fit_reads([layer.projection(name) for name in ("q", "k", "v")], normed_s, normed_t)
         student, _ = layer(weights, torch.float32)
         # What o reads, [N, T, heads · head_dim]; the rest of the block is not yet fitted.
         blocks = (block(rows, student, config, contexts[first])[1] for rows in x_s.split(1))
         attended = torch.cat([activations["attended"] for activations in blocks])
-        fit_write(layer, "o", weights, attended, middle @ basis - x_s, token_weight, ridge)
+        fit_write(layer, "o", weights, attended, middle @ basis - x_s, token_weight)
         student, _ = layer(weights, torch.float32)
         x_s = x_s + F.linear(attended, student["o"], student.get("o_bias"))
 
         # The FFN, likewise.
         normed_s = rms_norm(x_s, layer.post_norm, config.rms_norm_eps)
         normed_t = rms_norm(middle, weights["post_norm"], teacher.config.rms_norm_eps)
-        fit_reads([layer.projection(name) for name in ("gate", "up")], normed_s, normed_t, ridge)
+        fit_reads([layer.projection(name) for name in ("gate", "up")], normed_s, normed_t)
         student, _ = layer(weights, torch.float32)
 
         def features(rows=normed_s, gate=student["gate"], up=student["up"]) -> Iterator[Tensor]:
@@ -117,7 +115,7 @@ def fit_layers(
             for row in rows:
                 yield F.silu(F.linear(row, gate)) * F.linear(row, up)
 
-        fit_write(layer, "down", weights, features(), out @ basis - x_s, token_weight, ridge)
+        fit_write(layer, "down", weights, features(), out @ basis - x_s, token_weight)
         down = layer(weights, torch.float32)[0]["down"]
         x_s = torch.stack([row + F.linear(a, down) for row, a in zip(x_s, features(), strict=True)])
         x_t = out
@@ -140,10 +138,8 @@ def teacher_streams(teacher: Llama, x: Tensor, contexts, first: int, end: int) -
     return middle, out
 
 
-def least_squares(
-    inputs: Iterable[Tensor], targets: Tensor, weights: Tensor | None, start: Tensor, ridge: float
-) -> Tensor:
-    """argmin over Z [a, b] of Σ weight · |A Z - X|² + ridge · (mean energy of A's columns) · |Z - start|².
+def least_squares(inputs: Iterable[Tensor], targets: Tensor, weights: Tensor | None, start: Tensor) -> Tensor:
+    """argmin over Z [a, b] of Σ weight · |A Z - X|² + RIDGE · (mean energy of A's columns) · |Z - start|².
 
     inputs: A by row, [T, a]. targets: X [N, T, b]. weights [N, T]; None: ones. Sums are float64.
     """
@@ -156,24 +152,24 @@ def least_squares(
         weighted = (a * weight.double()[:, None]).T
         gram += weighted @ a
         moment += weighted @ x.double()
-    strength = ridge * gram.diagonal().mean()
+    strength = RIDGE * gram.diagonal().mean()
     gram.diagonal().add_(strength)
     return torch.linalg.solve(gram, moment + strength * start.double())
 
 
-def fit_reads(projections: list[nn.Parameter], normed_s: Tensor, normed_t: Tensor, ridge: float) -> None:
+def fit_reads(projections: list[nn.Parameter], normed_s: Tensor, normed_t: Tensor) -> None:
     """Sets projections P [d_T, d_S] so that A P^T comes near X: the normed inputs of student and teacher.
 
     The weights W that read them have no say: W P is also the best weight of all to give W X.
     """
-    solution = least_squares(normed_s, normed_t, None, projections[0].T, ridge).T
+    solution = least_squares(normed_s, normed_t, None, projections[0].T).T
     for projection in projections:
         projection.copy_(solution)
 
 
 def fit_write(
     layer: StudentLayer, name: str, teacher: dict[str, Tensor], features: Iterable[Tensor],
-    missing: Tensor, token_weight: Tensor, ridge: float,
+    missing: Tensor, token_weight: Tensor,
 ) -> None:  # fmt: skip
     """Sets the projection P of o or down so that P^T W adds what the student is missing [N, T, d_S].
 
@@ -182,7 +178,7 @@ def fit_write(
     bias = teacher.get(f"{name}_bias")
     projection = layer.projection(name)
     written = (F.linear(row, weight, bias) for row in features)
-    projection.copy_(least_squares(written, missing, token_weight, projection, ridge))
+    projection.copy_(least_squares(written, missing, token_weight, projection))
 
 
 def logit_metric(teacher: Llama, hidden: Tensor) -> Tensor:
@@ -215,19 +211,17 @@ def final_moments(hidden_t: Tensor, x_s: Tensor, eps: float) -> tuple[Tensor, Te
     return s.T @ s / len(s), t.T @ s / len(s)
 
 
-def final_norm(
-    projection: Tensor, start: Tensor, second: Tensor, cross: Tensor, metric: Tensor, ridge: float
-):
+def final_norm(projection: Tensor, start: Tensor, second: Tensor, cross: Tensor, metric: Tensor) -> Tensor:
     """The norm n [d_S] with which P diag(n) s comes nearest to the teacher's hidden state, by the metric."""
     gram = second * (projection.T @ metric @ projection)
     moment = (projection * (metric @ cross)).sum(0)
-    strength = ridge * gram.diagonal().mean()
+    strength = RIDGE * gram.diagonal().mean()
     gram.diagonal().add_(strength)
     return torch.linalg.solve(gram, moment + strength * start)
 
 
 def fit_tied_projection(
-    clone: Student, ids: Tensor, basis: Tensor, hidden_t: Tensor, x_s: Tensor, metric: Tensor, ridge: float
+    clone: Student, ids: Tensor, basis: Tensor, hidden_t: Tensor, x_s: Tensor, metric: Tensor
 ) -> None:
     """Sets the one projection P [d_T, d_S] of embedding and head, and the final norm n.
 
@@ -252,14 +246,14 @@ def fit_tied_projection(
     inverse = torch.linalg.inv(lower)
     values, vectors = torch.linalg.eigh(inverse @ metric @ inverse.T)
     projection = basis
-    norm = final_norm(projection, clone.trained.norm.double(), second, cross, metric, ridge)
+    norm = final_norm(projection, clone.trained.norm.double(), second, cross, metric)
     for _ in range(3):
         energies, directions = torch.linalg.eigh(norm[:, None] * second * norm)
         right = embedding_scale * embedded @ basis + head_scale * (metric @ cross) * norm
         right = vectors.T @ inverse @ right @ directions
         right = right / (embedding_scale + head_scale * values.clamp(min=0)[:, None] * energies.clamp(min=0))
         projection = inverse.T @ vectors @ right @ directions.T
-        norm = final_norm(projection, norm, second, cross, metric, ridge)
+        norm = final_norm(projection, norm, second, cross, metric)
     clone.trained.embedding_projection.copy_(projection)
     clone.trained.norm.copy_(norm)
 
@@ -281,8 +275,7 @@ def main() -> None:
     tokenizer = train.tokenizer_directory()
     train_data, heldout = train.open_data(model.config.vocab_size, tokenizer)
     train.start_weights(model, train_data, None, device)
-    layers = functools.partial(show, desc="fitting", unit="layer")
-    fit_clone(model, train.calibration_ids(train_data, device), progress=layers)
+    fit_clone(model, train.calibration_ids(train_data, device))
     seconds = time.perf_counter() - began
     values = train.evaluate(model, heldout) if heldout else {}
 
