@@ -191,7 +191,7 @@ def test_evaluate_passes_over_what_is_done(clones, monkeypatch, capsys):
     for _ in range(2):
         call(evaluate, tasks="library", **options)
     assert measured == ["step_00000001", "step_00000003", "step_00000003"]
-    lines = evaluate.read_results(clones / "results.jsonl")
+    lines = evaluate.read_lines(clones / "results.jsonl")
     assert [line["checkpoint"] for line in lines] == ["step_00000001", "step_00000003"]
     assert all(line["results"] == {"library": {"acc,none": 0.5}} for line in lines)
     # other tasks are other scores
@@ -205,7 +205,7 @@ def test_evaluate_measures_the_agreement_alone(clones, corpus, teacher, capsys):
     options |= {"prompt_tokens": 8, "new_tokens": 4}
     call(evaluate, **options)
     assert capsys.readouterr().out.count("agreement_length") == 2
-    lines = evaluate.read_results(clones / "results.jsonl")
+    lines = evaluate.read_lines(clones / "results.jsonl")
     assert [line["step"] for line in lines] == [1, 3]
     assert all(0 <= line["agreement_length"] <= 4 for line in lines)
     plain = step_of(clones, 4)
@@ -253,7 +253,7 @@ def test_bigbench_is_scored_by_the_likelihoods_of_transformers(clones, teacher, 
     questions = evaluate.read_task("sums")
     assert questions[1] == ("Choose.\nask: open\nsay: ", {"a file": 1, "x": 0})
     call(evaluate, out_dir=clones, tasks="sums", device="cpu")
-    lines = evaluate.read_results(clones / "results.jsonl")
+    lines = evaluate.read_lines(clones / "results.jsonl")
     assert [line["step"] for line in lines] == [1, 3]
     merged = convert.load_checkpoint(clones / "step_00000003").merge()
     convert.save_model(merged, tmp_path / "student", torch.float32, teacher)

@@ -51,16 +51,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from plot import read_lines
 from tqdm import tqdm
 
 import convert
 from configurator import choose_device, fail, read_json
-from model import Llama, Student, layer_contexts
+from model import Llama, Student
 from prepare import Mixture, encode_text, load_tokenizer, special_ids
 from sample import generate
 
 # Scores that differ with these are not the same scores.
-SETTINGS = ("tasks", "arguments", "data", "agreement_blocks", "prompt_tokens", "new_tokens")
+SETTINGS = (
+    "tasks", "arguments", "bigbench", "examples", "data", "agreement_blocks", "prompt_tokens", "new_tokens",
+    "teacher",
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -126,30 +130,13 @@ def read_task(name: str) -> list[tuple[str, dict[str, float]]]:
 
 @torch.no_grad()
 def log_likelihoods(llama: Llama, text: list[int], choices: list[list[int]]) -> list[float]:
-    """log p(choice | text) of each choice, summed over its tokens; all are ids.
-
-    One forward pass over the text and, behind it, all choices: each sees the text and itself.
-    """
-    device = llama.norm.device
-    ids = [*text]
-    owner = [-1] * len(text)
-    positions = [*range(len(text))]
-    for number, choice in enumerate(choices):
-        ids += choice
-        owner += [number] * len(choice)
-        positions += range(len(text), len(text) + len(choice))
-    owner = torch.tensor(owner, device=device)
-    mask = (owner == -1) | (owner == owner[:, None])
-    mask = mask.tril()[None, None]  # [1, 1, T, T]
-    contexts = layer_contexts(llama.config, torch.tensor(positions, device=device), mask)
-    scores = llama(torch.tensor([ids], device=device), contexts=contexts)[0].log_softmax(-1)
+    """log p(choice | text) of each choice, summed over its tokens; all are ids."""
     found = []
-    start = len(text)
     for choice in choices:
-        # A choice's first token is foretold by the text's last, each other by the one before it.
-        before = [len(text) - 1, *range(start, start + len(choice) - 1)]
-        found.append(scores[before[: len(choice)], choice].sum().item())
-        start += len(choice)
+        ids = torch.tensor([text + choice], device=llama.norm.device)
+        # The logits at each position are for the token after it.
+        scores = llama(ids)[0, len(text) - 1 : -1].log_softmax(-1)
+        found.append(scores[range(len(choice)), choice].sum().item())
     return found
 
 
@@ -221,23 +208,6 @@ def run_lm_eval(checkpoint: Path, device: torch.device) -> dict:
         return read_json(file)["results"]
 
 
-def read_results(file: Path) -> list[dict]:
-    if not file.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in file.read_text().splitlines()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} has a line that is not JSON: {error}") from None
-
-
-def append_result(file: Path, line: dict) -> None:
-    """Under another name first: a kill leaves the lines before."""
-    lines = [*read_results(file), line]
-    partial = file.with_name("results.partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    partial.replace(file)
-
-
 def check_options() -> None:
     for name in ("examples", "agreement_blocks", "prompt_tokens", "new_tokens"):
         if globals()[name] < 1:
@@ -252,15 +222,6 @@ def check_options() -> None:
         raise ValueError('lm_eval is not installed: pip install "lm-eval[hf]" (or --tasks= goes without it)')
 
 
-def settings_of(checkpoint: Path) -> dict:
-    settings = {name: globals()[name] for name in SETTINGS}
-    if bigbench:
-        settings |= {"bigbench": bigbench, "examples": examples}
-    if teacher and not convert.is_clone(checkpoint):  # a clone says itself what its teacher is
-        settings["teacher"] = teacher
-    return json.loads(json.dumps(settings))  # as they are read: a tuple is a list
-
-
 def main() -> None:
     check_options()
     device_used = choose_device(device)
@@ -268,24 +229,27 @@ def main() -> None:
     if not checkpoints:
         raise ValueError(f"{out_dir} has no checkpoint (step_*)")
     file = Path(out_dir) / "results.jsonl"
-    done = [(line["checkpoint"], line.get("settings")) for line in read_results(file)]
+    settings = {name: globals()[name] for name in SETTINGS}
+    settings = json.loads(json.dumps(settings))  # as they are read: a tuple is a list
+    done = {line["checkpoint"]: line for line in read_lines(file) if line.get("settings") == settings}
     for checkpoint in (bar := tqdm(checkpoints, desc="checkpoints", unit="checkpoint")):
         bar.set_postfix_str(checkpoint.name)
         if convert.newest_whole([checkpoint]) is None:
             continue
-        settings = settings_of(checkpoint)
-        if (checkpoint.name, settings) in done:
+        if checkpoint.name in done:
             bar.write(f"{checkpoint.name} is in {file}")
             continue
         line = {"checkpoint": checkpoint.name, "step": int(checkpoint.name[5:]), "settings": settings}
         if data is not None:
             line["agreement_length"] = measure_agreement(checkpoint, device_used)
         if tasks and bigbench:
-            same = [line["results"] for line in read_results(file) if line.get("settings") == settings]
-            line["results"] = run_bigbench(checkpoint, device_used, same[-1] if same else {})
+            known = [*done.values()][-1]["results"] if done else {}
+            line["results"] = run_bigbench(checkpoint, device_used, known)
         elif tasks:
             line["results"] = run_lm_eval(checkpoint, device_used)
-        append_result(file, line)
+        done[checkpoint.name] = line
+        with open(file, "a") as stream:
+            stream.write(json.dumps(line) + "\n")
         bar.write(json.dumps({name: value for name, value in line.items() if name != "settings"}))
 
 

@@ -6,6 +6,7 @@
 Reads their metrics.jsonl; needs matplotlib.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -14,13 +15,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configurator import fail, need
 
 
+def read_lines(file: Path) -> list[dict]:
+    """The lines of a .jsonl file, but for one that a kill cut short; none where there is no such file."""
+    lines = []
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
 def read_metrics(directory: str) -> list[dict]:
-    """The lines of a run's metrics.jsonl, but for one that a kill cut short."""
-    try:
-        text = (Path(directory) / "metrics.jsonl").read_text()
-    except OSError as error:
-        raise ValueError(f"{directory} is no run's out_dir: {error}") from None
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    file = Path(directory) / "metrics.jsonl"
+    if not file.is_file():
+        raise ValueError(f"{directory} is no run's out_dir: it has no metrics.jsonl")
+    return read_lines(file)
 
 
 def labels_of(directories: list[str]) -> list[str]:

@@ -39,6 +39,8 @@ import sys
 from pathlib import Path
 from statistics import mean
 
+from plot import read_lines
+
 from configurator import configure, fail
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,15 +60,6 @@ def options_of(variant: str) -> dict:
     """train.py's options for a variant, checked as train.py checks them (exit 2 where they are wrong)."""
     with contextlib.redirect_stdout(io.StringIO()):
         return configure({"__file__": str(ROOT / "train.py")}, arguments_of(variant))
-
-
-def read_lines(file: Path) -> list[dict]:
-    """The lines of a .jsonl file; none where there is no such file, or from where it is cut off."""
-    lines = []
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        for line in file.read_text().splitlines():
-            lines.append(json.loads(line))
-    return lines
 
 
 def finished_lines(directory: Path, options: dict) -> list[dict]:
