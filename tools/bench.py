@@ -84,10 +84,7 @@ def make_step(device: torch.device):
     model.to_empty(device=device)
     torch.manual_seed(train.seed)
     for name, weight in model.named_parameters():
-        if name.endswith("norm"):
-            torch.nn.init.ones_(weight)
-        else:
-            torch.nn.init.normal_(weight, 0.0, 0.02)
+        torch.nn.init.normal_(weight, 1.0 if name.endswith("norm") else 0.0, 0.02)
     for kept_neurons in model.buffers():
         kept_neurons.copy_(torch.arange(len(kept_neurons)))
     train.speed_up(model, device)
