@@ -27,7 +27,6 @@ import contextlib
 import functools
 import importlib.metadata
 import io
-import json
 import os
 import platform
 import re
@@ -47,7 +46,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import numpy as np
 import torch
 import torch.nn.functional as F
-from from_authors import reference_name
+from from_authors import as_stored, reference_name
+from plot import read_lines
 from safetensors.torch import load_file
 
 import convert
@@ -85,11 +85,6 @@ TERMS = {
     "q": "attn-q-sim", "k": "attn-k-sim", "v": "attn-v-sim", "attn_out": "attn-out-sim",
     "gate": "mlp-gate", "up": "mlp-up", "mlp_out": "mlp-out",
 }  # fmt: skip
-
-
-def as_stored(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A projection or its gradient, transposed where the authors store it so."""
-    return tensor if tensor.shape == like.shape else tensor.T
 
 
 def golden(case: str, dtype=torch.float32, device="cpu"):
@@ -187,11 +182,9 @@ def launch(count: int, script: Path, *arguments: str) -> str:
     if count > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     command += [str(script), f"--device={device}", *arguments]
-    # A thread a process on a CPU, as torchrun has it: more of them than idle cores wait for each other.
-    threads = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
     # In a session of its own, so that Ctrl-C here does not ask a run to save a checkpoint.
     process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | threads, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, start_new_session=True,
     )  # fmt: skip
     try:
@@ -246,8 +239,7 @@ def finished(work: Path, name: str) -> Path:
 
 def compare(work: Path, name: str, expected: str = "alone", bound: float = 1e-4) -> str:
     """Losses and norms of gradients of two runs, as far as the first has them, relative."""
-    logs = [finished(work, run) / "metrics.jsonl" for run in (name, expected)]
-    ours, theirs = ([json.loads(line) for line in log.read_text().splitlines()] for log in logs)
+    ours, theirs = (read_lines(finished(work, run) / "metrics.jsonl") for run in (name, expected))
     errors = []
     for kind in ("loss", "grad_norm", "val_lm", "val_kl"):
         found = {line["step"]: line[kind] for line in ours if kind in line}

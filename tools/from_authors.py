@@ -54,6 +54,11 @@ def reference_name(ours: str) -> str:
     return f"model.layers.{i}.{REFERENCE_NAMES[name]}.weight"
 
 
+def as_stored(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A projection or its gradient, transposed where one of us stores it so."""
+    return tensor if tensor.shape == like.shape else tensor.T.contiguous()
+
+
 def reference_files(path: Path) -> list[Path]:
     """The weight files of a checkpoint of the authors' code: a directory's, or one of them."""
     files = [path] if path.is_file() else convert.weight_files(path)
@@ -93,8 +98,7 @@ def load_reference(files: list[Path], teacher: str) -> Student:
     tensors = convert.read_tensors(files, shapes, ignored, torch.float32)
     state = {}
     for ours, parameter in clone.trained.named_parameters():
-        tensor = tensors[reference_name(ours)]
-        state[ours] = tensor if tensor.shape == parameter.shape else tensor.T.contiguous()
+        state[ours] = as_stored(tensors[reference_name(ours)], like=parameter)
     clone.trained.load_state_dict(state, assign=True)
     return clone
 

@@ -8,8 +8,8 @@
 Takes train.py's config files and options besides its own (--help of both). Needs no weights: where the
 teacher's directory is not there, config/teachers/NAME.json is its config.json. Memory is not a formula: a
 step of train.py runs on fake tensors (which have shapes and no data) in a fake process group of `gpus` ranks,
-under PyTorch's memory trackers, which follow what each operation allocates and frees. They see neither what
-is allocated within an operation nor fragmentation, for which there is reserve_gib.
+under PyTorch's MemTracker, which follows what each operation allocates and frees. It sees neither what is
+allocated within an operation nor fragmentation, for which there is reserve_gib.
 """
 
 gpus = 8  # processes of the run, one a GPU
@@ -176,15 +176,14 @@ def count_parameters(shape: models.ModelConfig) -> int:
 def print_shapes(teacher: models.ModelConfig) -> None:
     """The widths, a multiple that an export can have, with which a student comes nearest to target_params."""
     step = teacher.num_attention_heads if teacher.model_type == "llama" else 8
+    widths = range(step, teacher.hidden_size + 1, step)
     every = teacher.num_hidden_layers
     print(f"\nstudents of about {target_params:,.0f} parameters; the teacher is {teacher.hidden_size} wide")
     print("  student_hidden_size  student_layers  student_intermediate_size      parameters")
     for layers in (every, every * 3 // 4, every // 2):
         for neurons in (teacher.intermediate_size, teacher.intermediate_size // 2):
-            shapes = []
-            for width in range(step, teacher.hidden_size + 1, step):
-                cut = {"num_hidden_layers": layers, "intermediate_size": neurons, "hidden_size": width}
-                shapes.append(dataclasses.replace(teacher, **cut))
+            cut = {"num_hidden_layers": layers, "intermediate_size": neurons}
+            shapes = [dataclasses.replace(teacher, hidden_size=width, **cut) for width in widths]
             best = min(shapes, key=lambda shape: abs(count_parameters(shape) - target_params))
             size = count_parameters(best)
             if abs(size / target_params - 1) < 0.1:
