@@ -179,8 +179,8 @@ def count_flops(recompute: str = "none") -> dict[str, float]:
     forward = sum(parts.values())
     # Composing goes backward once too, to the projections: as many operations as forward.
     parts["backward of the rest"] = counter.get_total_flops() - forward - parts["compose"]
-    # Each process composes once, and does its share of Muon's products.
-    times = {"compose": 2 * processes, "Muon": 1}
+    # Each process composes once. Those of a replica share Muon's products.
+    times = {"compose": 2 * processes, "Muon": train.replicas}
     return {name: flops * times.get(name, passes * processes) for name, flops in parts.items() if flops}
 
 
