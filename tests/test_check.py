@@ -31,8 +31,8 @@ def table(monkeypatch, capsys):
 
 def test_everything_passes_here(table):
     """By runs of two processes, one of which is resumed; what needs a GPU says so."""
-    found = table(0, ("reference", "documents", "ddp", "fsdp against one", "bfloat16", "resume"))
-    assert len(found) == 9  # but for the compiled run, which takes a minute
+    found = table(0, ("reference", "documents", "ddp", "fsdp against one", "bfloat16", "resume", "speed"))
+    assert len(found) == 12  # but for the compiled run, which takes a minute
     assert sum(result == "pass" and "bound" in text for result, text in found.values()) == 5
     assert all("CPU" in text for result, text in found.values() if result == "not run")
 

@@ -4,8 +4,7 @@
     python tools/check.py --device=cpu --only='("reference", "resume")'
 
 Needs no downloads: the teacher is the bundled one, the text is this repository's. A line says pass, fail or
-not run, what was measured and its bound, or why. The exit code is 1 where a line says fail. The speed of a
-GPU is tools/bench.py's.
+not run, what was measured and its bound, or why. The exit code is 1 where a line says fail.
 """
 
 from typing import Literal
@@ -258,7 +257,25 @@ def resume(work: Path) -> str:
     return compare(work, "resumed", "fsdp")
 
 
-# ---- time
+# ---- time and memory
+
+
+@functools.cache
+def speed(count: int, parallel: str = "ddp") -> str:
+    """The line of JSON that tools/bench.py ends with, of LRC-1.5B's step, three blocks a GPU."""
+    output = launch(
+        count, ROOT / "tools/bench.py", str(ROOT / "config/lrc_1_5b.py"), "--data=None", "--max_steps=12",
+        f"--teacher={ROOT / 'config/teachers/Llama-3.2-3B-Instruct.json'}", "--micro_batch_size=3",
+        f"--global_batch_size={3 * count}", f"--parallel={parallel}",
+    )  # fmt: skip
+    return [line for line in output.splitlines() if line.startswith("{")][-1]
+
+
+def fsdp_speed() -> str:
+    """A step on a mesh of one against a plain one: what FSDP itself costs, nothing being sent."""
+    plain, sharded = (json.loads(speed(1, parallel))["seconds_per_step"] for parallel in ("ddp", "fsdp"))
+    text = within("ratio", sharded / plain, 1.05)
+    return f"{1000 * plain:.0f} ms, {1000 * sharded:.0f} under fsdp: {text}"
 
 
 DEEP = {
@@ -328,9 +345,12 @@ def header() -> str:
 
 def checks(work: Path) -> list[tuple]:
     """(name, why it is not run here or None, function, its arguments) of every line."""
-    of_cpu = of_one = of_flash = None
+    of_cpu = of_memory = of_one = of_flash = None
     if device == "cpu":
         of_cpu = "a CPU, on which the tests show it"
+        of_memory = "a CPU, which python tools/bench.py config/bench_smollm2.py measures"
+    elif torch.cuda.get_device_properties(0).total_memory < 48 * 2**30:
+        of_memory = "the GPU has less than 48 GiB; LRC-1.5B takes 41 and some reserve"
     if processes == 1:
         of_one = "one device"
     if models.flash_attn_varlen_func is None:
@@ -352,6 +372,9 @@ def checks(work: Path) -> list[tuple]:
         # Rounding by 2^-8, 0.4 %, is evened out by a mean over tokens; a wrong gradient shows in six steps.
         ("bfloat16 run against float32", of_cpu, compare, work, "bfloat16", "alone", 0.02),
         ("resume after an evaluation", None, resume, work),
+        ("speed at LRC-1.5B's shape", of_memory, speed, 1),
+        ("speed, fsdp on a mesh of one", of_memory, fsdp_speed),
+        ("speed, all processes", of_memory or of_one, speed, processes),
     ]
 
 
