@@ -26,6 +26,7 @@ import contextlib
 import functools
 import importlib.metadata
 import io
+import json
 import os
 import platform
 import re

@@ -248,8 +248,10 @@ def main() -> None:
         elif tasks:
             line["results"] = run_lm_eval(checkpoint, device_used)
         done[checkpoint.name] = line
-        with open(file, "a") as stream:
-            stream.write(json.dumps(line) + "\n")
+        # Under another name first: a kill leaves the lines before.
+        partial = file.with_name("results.partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in [*read_lines(file), line]))
+        partial.replace(file)
         bar.write(json.dumps({name: value for name, value in line.items() if name != "settings"}))
 
 
