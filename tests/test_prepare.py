@@ -71,14 +71,17 @@ def is_held_out(text, fraction):
 
 def arrays_of(directory, column, split="tokens"):
     shards = json.loads((directory / "meta.json").read_text())["splits"][split]
-    return [np.load(directory / shard["file"].replace("tokens", column)) for shard in shards]
+    arrays = [np.load(directory / shard["file"].replace("tokens", column)) for shard in shards]
+    count = "documents" if column == "ends" else "tokens"
+    assert [len(array) for array in arrays] == [shard[count] for shard in shards]
+    return arrays
 
 
 def documents_of(directory, column, split="tokens"):
     """The column's values, tokens or mask, of each document in turn."""
     documents = []
-    ends_of = arrays_of(directory, "ends", split)
-    for values, ends in zip(arrays_of(directory, column, split), ends_of, strict=True):
+    columns = (arrays_of(directory, name, split) for name in (column, "ends"))
+    for values, ends in zip(*columns, strict=True):
         assert len(values) == ends[-1]  # no document goes from one shard into the next
         documents += np.split(values, ends[:-1])
     return documents
@@ -86,9 +89,6 @@ def documents_of(directory, column, split="tokens"):
 
 def texts_of(directory, split="tokens"):
     """The documents without their EOS."""
-    shards = json.loads((directory / "meta.json").read_text())["splits"][split]
-    assert [len(array) for array in arrays_of(directory, "tokens", split)] == [s["tokens"] for s in shards]
-    assert [len(array) for array in arrays_of(directory, "ends", split)] == [s["documents"] for s in shards]
     documents = documents_of(directory, "tokens", split)
     assert all(document[-1] == 0 for document in documents)
     return [TOKENIZER.decode(document[:-1]) for document in documents]
@@ -125,9 +125,6 @@ def source(tmp_path_factory):
     return write_as("jsonl", tmp_path_factory.mktemp("source") / "a.jsonl", TEXTS)
 
 
-# ---- formats
-
-
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "json", "json.zst", "parquet"])
 def test_every_format_gives_the_same_documents_and_bytes_for_any_number_of_workers(
     kind, tmp_path, monkeypatch
@@ -152,12 +149,11 @@ def test_small_files_are_packed_into_units_whole(tmp_path):
     """As the quickstart's: one document a file, in the order of their names, and few shards."""
     for i, text in enumerate(TEXTS):
         (tmp_path / f"{i:03d}.py").write_text(text)
-    meta = prepared(f"{tmp_path}/*.py", tmp_path / "out", unit_bytes=10_000)
-    assert texts_of(tmp_path / "out") == TEXTS
     units = sum(len(text.encode()) for text in TEXTS) / 10_000
-    assert units < len(meta["splits"]["tokens"]) < 2 * units + 1
-    meta = prepared(f"{tmp_path}/*.py", tmp_path / "one", unit_bytes=64_000_000)
-    assert len(meta["splits"]["tokens"]) == 1 and texts_of(tmp_path / "one") == TEXTS
+    for unit_bytes, least, most in ((10_000, units, 2 * units + 1), (64_000_000, 0, 1)):
+        meta = prepared(f"{tmp_path}/*.py", tmp_path / str(unit_bytes), unit_bytes=unit_bytes)
+        assert texts_of(tmp_path / str(unit_bytes)) == TEXTS
+        assert least < len(meta["splits"]["tokens"]) <= most
 
 
 def test_byte_ranges_share_no_line_and_leave_none_out(tmp_path):
@@ -229,9 +225,10 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
 def test_an_array_is_read_whole_and_so_has_a_limit(tmp_path, monkeypatch):
     """Before any work where the file tells; as a bad file where it grows when decompressed."""
     monkeypatch.setattr(prepare, "LONGEST_ROW", 5000)
-    array, packed, objects = (tmp_path / name for name in ("a.json", "a.json.gz", "lines.json"))
-    write_as("json", array, TEXTS)
+    array = write_as("json", tmp_path / "a.json", TEXTS)
+    packed, objects = tmp_path / "a.json.gz", tmp_path / "lines.json"
     packed.write_bytes(gzip.compress(array.read_bytes()))
+    objects.write_bytes(lines(TEXTS))
     advice = "a JSON array over 64 MB; give its rows as .jsonl or .parquet"
     with pytest.raises(ValueError, match=f"a.json is {advice}"):
         prepared(array, tmp_path / "out")
@@ -239,8 +236,7 @@ def test_an_array_is_read_whole_and_so_has_a_limit(tmp_path, monkeypatch):
     (bad,) = read(packed)
     assert isinstance(bad, ValueError) and advice in str(bad)
     # An object a line has no limit but the lines' own.
-    objects.write_bytes(lines(TEXTS))
-    assert [json.loads(row)["text"] for row in read(objects)] == TEXTS
+    assert b"".join(read(objects)) == lines(TEXTS)
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
@@ -261,18 +257,18 @@ def test_a_byte_order_mark_is_no_content(ending, tmp_path):
 
 
 def test_what_exists_is_no_glob(tmp_path):
-    directory = tmp_path / "corpus [v2]*?"
-    directory.mkdir()
-    (tmp_path / "corpus v").mkdir()
-    brackets, plain, other = directory / "a[1].jsonl", directory / "a1.jsonl", tmp_path / "corpus v/a1.jsonl"
-    for path in (brackets, plain, other):
-        path.touch()
+    directory, other = tmp_path / "corpus [v2]*?", tmp_path / "corpus v"
+    for path in (directory, other):
+        path.mkdir()
+        (path / "a1.jsonl").touch()
+    plain, brackets = directory / "a1.jsonl", directory / "a[1].jsonl"
+    brackets.touch()
     for pattern, expected in (
-        (f"{directory}/a[1].jsonl", [brackets]),
-        (f"{directory}/a1.jsonl", [plain]),
+        (f"{brackets}", [brackets]),
+        (f"{plain}", [plain]),
         (f"{directory}/*.jsonl", [plain, brackets]),
         (f"{directory}/**/a[[]1].jsonl", [brackets]),
-        (f"{tmp_path}/corpus [v]/*.jsonl", [other]),
+        (f"{tmp_path}/corpus [v]/*.jsonl", [other / "a1.jsonl"]),
         ((str(plain), str(brackets)), [plain, brackets]),
     ):
         assert prepare.find_files(pattern) == expected, pattern
@@ -293,9 +289,6 @@ def test_scores_filter_rows_by_a_dotted_key(tmp_path):
         assert meta["filtered"] == 150 - 1 - len(kept) and meta["bad"] == 1
     offset = sum(len(json.dumps(row)) + 1 for row in rows[:7])
     assert f"a.jsonl: byte {offset}: no number under metadata.int_score" in meta["first_bad"][0]
-
-
-# ---- what is bad
 
 
 def test_bad_lines_are_told_counted_and_skipped(tmp_path, capfd):
@@ -321,65 +314,52 @@ def test_bad_lines_are_told_counted_and_skipped(tmp_path, capfd):
         assert f"skipped {reason}" in printed
 
 
-def truncated(compress):
-    noise = random.Random(0)  # hard to compress, so that the cut is far from the start
-    texts = [noise.randbytes(500).hex() for _ in range(1000)]
-    data = compress(lines(texts))
-    return data[: len(data) * 3 // 4], texts
-
-
-def damaged_parquet(path, texts, flip=False):
-    """Three row groups, of which the second has what is no text, or a byte that its checksum tells."""
+def parquet_of(path, texts, flip=False):
+    """Bytes of three row groups, of which the second has, by flip, a byte that its checksum tells."""
     table = pa.table({"text": pa.array(texts).view(pa.string())})
     pq.write_table(table, path, row_group_size=50, use_dictionary=False, write_page_checksum=True)
     data = bytearray(path.read_bytes())
     column = pq.ParquetFile(path).metadata.row_group(1).column(0)
     data[column.data_page_offset + column.total_compressed_size // 2] ^= 255 * flip
-    return bytes(data), TEXTS[:50] + TEXTS[100:]
+    return bytes(data)
 
 
-def bad_file(kind, path):
-    """(name, bytes, the texts that can be read, what is told)."""
+def test_what_a_damaged_file_still_has_is_kept(tmp_path):
+    noise = random.Random(0)  # hard to compress, so that the cut is far from the start
+    long = [noise.randbytes(500).hex() for _ in range(1000)]
+    packed, zstd = (compress(lines(long)) for compress in (gzip.compress, zstandard.compress))
     texts = [text.encode() for text in TEXTS]
+    latin = [*texts[:69], b"caf\xe9", *texts[70:]]
     rows = [{"text": text} for text in TEXTS]
-    if kind == "gzip":
-        return "bad.jsonl.gz", *truncated(gzip.compress), "unreadable behind byte N: Compressed file ended"
-    if kind == "zstd":
-        return "bad.jsonl.zst", *truncated(zstandard.compress), "unreadable behind byte N: Truncated"
-    if kind == "row group":
-        return "bad.parquet", *damaged_parquet(path, texts, flip=True), "unreadable behind row group 1: "
-    if kind == "parquet text":
-        texts[69] = b"caf\xe9"
-        words = "unreadable behind row group 1: 'utf-8' codec"
-        return "bad.parquet", *damaged_parquet(path, texts), words
-    if kind == "array":
-        return "bad.json", json.dumps(rows)[:-9].encode(), [], "unreadable behind its start: "
-    if kind == "null in array":
-        rows[3] = {"text": None}
-        return "bad.json", json.dumps(rows).encode(), TEXTS[:3] + TEXTS[4:], "row 4: no text under text"
-    if kind == "string in array":
-        rows[3] = TEXTS[3]
-        return "bad.json", json.dumps(rows).encode(), TEXTS[:3] + TEXTS[4:], "row 4: not a JSON object"
-    words = "byte 0: 'utf-8' codec can't decode byte 0xe9 in position 11"
-    return "bad.txt", b"one\ntwo\ncaf\xe9\n", [], words
-
-
-@pytest.mark.parametrize(
-    "kind", ["gzip", "zstd", "row group", "parquet text", "array", "null in array", "string in array", "text"]
-)
-def test_what_a_damaged_file_still_has_is_kept(kind, tmp_path):
-    name, data, good, words = bad_file(kind, tmp_path / "made")
-    (tmp_path / name).write_bytes(data)
+    null, string = (json.dumps([*rows[:3], row, *rows[4:]]).encode() for row in ({"text": None}, "text"))
+    two_groups, but_one = TEXTS[:50] + TEXTS[100:], TEXTS[:3] + TEXTS[4:]
+    in_group, made = "unreadable behind row group 1: ", tmp_path / "made"
     write_as("jsonl", tmp_path / "good.jsonl", ["the next file"])
-    meta = prepared([f"{tmp_path}/{name}", f"{tmp_path}/good.jsonl"], tmp_path / "out")
-    found = texts_of(tmp_path / "out")
-    if kind in ("gzip", "zstd"):  # every line that is whole in what is left of the file
-        assert 500 < len(found) - 1 < 900
-        good = good[: len(found) - 1]
-    assert found == [*good, "the next file"]
-    assert meta["bad"] == len(meta["first_bad"]) == 1
-    told = re.sub(r"behind byte \d+", "behind byte N", meta["first_bad"][0])
-    assert told.startswith(f"{tmp_path}/{name}: {words}")
+    for name, data, good, words in (
+        (
+            "a.jsonl.gz",
+            packed[: len(packed) * 3 // 4],
+            long,
+            "unreadable behind byte N: Compressed file ended",
+        ),
+        ("b.jsonl.zst", zstd[: len(zstd) * 3 // 4], long, "unreadable behind byte N: Truncated"),
+        ("c.parquet", parquet_of(made, texts, flip=True), two_groups, in_group),
+        ("d.parquet", parquet_of(made, latin), two_groups, f"{in_group}'utf-8' codec"),
+        ("e.json", json.dumps(rows)[:-9].encode(), [], "unreadable behind its start: "),
+        ("f.json", null, but_one, "row 4: no text under text"),
+        ("g.json", string, but_one, "row 4: not a JSON object"),
+        ("h.txt", b"one\ntwo\ncaf\xe9\n", [], "byte 0: 'utf-8' codec can't decode byte 0xe9 in position 11"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        meta = prepared((f"{tmp_path}/{name}", f"{tmp_path}/good.jsonl"), tmp_path / name[0])
+        *found, last = texts_of(tmp_path / name[0])
+        if good is long:  # every line that is whole in what is left of the file
+            assert 500 < len(found) < 900
+            good = good[: len(found)]
+        assert (found, last) == (good, "the next file"), name
+        assert meta["bad"] == len(meta["first_bad"]) == 1
+        told = re.sub(r"behind byte \d+", "behind byte N", meta["first_bad"][0])
+        assert told.startswith(f"{tmp_path}/{name}: {words}")
 
 
 def test_an_error_of_the_disk_is_no_damage(source, monkeypatch):
@@ -404,20 +384,22 @@ def test_more_than_max_bad_stops_and_a_higher_limit_goes_on(tmp_path):
         wrong = f"more than max_bad = {limit}, the last .*a.jsonl: byte {offset}: not JSON"
         with pytest.raises(ValueError, match=wrong):
             prepared(tmp_path / "a.jsonl", tmp_path / "out", max_bad=limit)
-        done = {file.stem.split("_")[1] for file in (tmp_path / "out.partial").glob("unit_*.json")}
-        files = [file for file in (tmp_path / "out.partial/shards").glob("*.npy") if file.stem[-5:] in done]
-        now = {file.name: file.stat().st_mtime_ns for file in files}
+        done = [file.stem.split("_")[1] for file in (tmp_path / "out.partial").glob("unit_*.json")]
+        now = {}
+        for number in done:
+            for file in (tmp_path / "out.partial/shards").glob(f"*_{number}.npy"):
+                now[file.name] = file.stat().st_mtime_ns
         assert made.items() <= now.items() and len(now) >= len(made)
         made = now
-    # Of the units that nobody waits for, nothing is printed.
-    options = ("--unit_bytes=500", "--num_workers=2", "--max_bad=0")
-    done = run("prepare.py", f"--input={tmp_path}/a.jsonl", f"--out={tmp_path}/told", *options)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert prepared(tmp_path / "a.jsonl", tmp_path / "out", max_bad=3)["bad"] == 3
     now = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.npy")}
     assert len(made) > 10 and made.items() < now.items()
     prepared(tmp_path / "a.jsonl", tmp_path / "straight")
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+    # Of the units that nobody waits for, nothing is printed.
+    options = ("--unit_bytes=500", "--num_workers=2", "--max_bad=0")
+    done = run("prepare.py", f"--input={tmp_path}/a.jsonl", f"--out={tmp_path}/told", *options)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
 
 
 REFUSED = [
@@ -465,47 +447,39 @@ def test_refusals_are_one_line_and_leave_nothing(tmp_path, monkeypatch):
                 prepared(tmp_path / f"b.{kind}", tmp_path / "out")
 
 
-# ---- killed and gone on with
-
-
 def test_killed_at_ten_moments_ends_with_the_same_bytes(tmp_path):
     texts = [text * 10 for text in TEXTS]
     files = [write_as(kind, tmp_path / f"data.{kind}", texts) for kind in ("jsonl.gz", "json", "parquet")]
     files.append(tmp_path / "data.jsonl")
     files[-1].write_bytes(lines(texts[:70]) + b"bad\n" + lines(texts[70:]))
-    files = list(map(str, files))
-    fork = multiprocessing.get_context("fork")
 
-    def start(out):
-        """A run that has begun to work, in a process group of its own."""
+    def start(out, units=None):
+        """A run in a process group of its own: at its end, or killed when so many units are done."""
 
         def work():
             os.setsid()
-            prepared(files, out, heldout_fraction=0.2, unit_bytes=20_000, num_workers=2)
+            prepared([*map(str, files)], out, heldout_fraction=0.2, unit_bytes=20_000, num_workers=2)
 
-        process = fork.Process(target=work)
+        process = multiprocessing.get_context("fork").Process(target=work)
         process.start()
-        while not (Path(f"{out}.partial") / "settings.json").exists() and process.is_alive():
+        begun = Path(f"{out}.partial/settings.json")
+        # A moment by the clock depends on the machine's load.
+        while units is not None and process.is_alive():
+            if begun.exists() and len(list(begun.parent.glob("unit_*.json"))) >= units:
+                process.kill()
             time.sleep(0.002)
+        process.join()
         return process
 
-    straight = start(tmp_path / "straight")
-    straight.join()
+    assert start(tmp_path / "straight").exitcode == 0
     expected = contents(tmp_path / "straight")
-    assert straight.exitcode == 0 and len(expected) > 20
+    assert len(expected) > 20
     units, gone_on = 29, 0
-    for i in range(10):
+    for i in range(10):  # from the first unit to the joining of all
         out = tmp_path / f"out{i}"
-        process = start(out)
-        # from the first unit to the joining of all; a moment by the clock depends on the machine's load
-        while len(list(Path(f"{out}.partial").glob("unit_*.json"))) < i * units // 9 and process.is_alive():
-            time.sleep(0.002)
-        process.kill()
-        process.join()
+        process = start(out, i * units // 9)
         gone_on += bool(list(Path(f"{out}.partial").glob("unit_*.json")))
-        again = start(out)
-        again.join()
-        assert again.exitcode == 0 and contents(out) == expected
+        assert start(out).exitcode == 0 and contents(out) == expected
         with pytest.raises(ProcessLookupError):  # its workers have noticed
             for _ in range(100):
                 os.killpg(process.pid, signal.SIG_DFL)
@@ -521,12 +495,12 @@ def test_going_on_with_other_settings_or_input_is_refused(tmp_path):
     shutil.copytree(BUNDLED, tmp_path / "tokenizer")
     (tmp_path / "tokenizer/tokenizer_config.json").write_text("{}")
     before = contents(tmp_path / "out.partial")
-    for options in (
-        {"heldout_fraction": 0.5}, {"unit_bytes": 5000}, {"text_key": "body"}, {"min_score": 1.0},
-        {"special_tokens": True}, {"tokenizer": tmp_path / "tokenizer"},
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=f"out.partial was begun with {next(iter(options))} = "):
-            prepared(path, tmp_path / "out", **options)
+    for name, value in {
+        "heldout_fraction": 0.5, "unit_bytes": 5000, "text_key": "body", "min_score": 1.0,
+        "special_tokens": True, "tokenizer": tmp_path / "tokenizer",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"out.partial was begun with {name} = "):
+            prepared(path, tmp_path / "out", **{name: value})
     data = path.read_bytes()
     for changed in (data + lines(["more"]), data.replace(b'"last"', b'"tsal"')):
         path.write_bytes(changed)
@@ -552,12 +526,9 @@ def test_what_is_there_is_said_and_other_settings_are_refused(source, tmp_path, 
 def test_nothing_held_out_is_said(source, tmp_path, capsys):
     (tmp_path / "one.txt").write_text("\n".join(TEXTS))
     words = "nothing is held out of 1 documents, so train.py cannot evaluate"
-    for path, fraction, said_so in (
-        (tmp_path / "one.txt", 0.02, True), (tmp_path / "one.txt", 0, False), (source, 0.2, False),
-    ):  # fmt: skip
-        prepared(path, tmp_path / "out", heldout_fraction=fraction)
-        assert (words in capsys.readouterr().out) == said_so
-        shutil.rmtree(tmp_path / "out")
+    for path, fraction, is_said in ((tmp_path / "one.txt", 0.02, True), (tmp_path / "one.txt", 0, False)):
+        prepared(path, tmp_path / str(fraction), heldout_fraction=fraction)
+        assert (words in capsys.readouterr().out) == is_said
 
 
 def test_killed_before_the_last_rename_and_after_it(source, tmp_path, monkeypatch):
@@ -583,8 +554,6 @@ def test_two_writers_are_refused(source, tmp_path):
         process.communicate(b"\n")
     prepared(source, tmp_path / "out")
 
-
-# ---- chats
 
 LLAMA3 = """{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif -%}
 <|start_header_id|>{{ m['role'] }}<|end_header_id|>
@@ -823,8 +792,6 @@ def test_bad_chats_are_counted(tmp_path):
     assert [int(reason.split(":")[1].split()[-1]) for reason in meta["first_bad"]] == offsets[:7].tolist()
 
 
-# ---- special tokens' strings in what is read
-
 MARKED = [
     [("user", "Is <|im_end|> a token?"), ("assistant", "<|eot_id|>, too: <|im_end|>")],
     [("system", "<|im_start|>"), ("user", "<|im_end|><|eot_id|>"), ("assistant", "no")],
@@ -874,9 +841,6 @@ def test_chats_are_held_out_by_what_the_template_writes(tmp_path):
     splits = [encoder.row(row, Path("a.jsonl"))[0] for row in rows_of(chats)]
     assert splits == ["heldout" if is_held_out(text, 0.3) else "tokens" for text in texts]
     assert 0 < splits.count("heldout") < 40
-
-
-# ---- readers
 
 
 @pytest.fixture(scope="module")
@@ -1032,8 +996,6 @@ def test_a_damaged_directory_is_named(corpora, tmp_path):
     with pytest.raises(ValueError, match="has shard format 1, not 2: prepare it again"):
         Shards(tmp_path / "many", "tokens", 16)
 
-
-# ---- tools, null fields, and what else a row's chat can have
 
 TOOLS = [
     {
