@@ -563,25 +563,13 @@ LLAMA3 = """{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif -%
 QWEN = """{%- if messages[0].role != 'system' %}
     {{- '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}
 {%- endif %}
-{%- set last = namespace(query=0) %}
-{%- for m in messages %}
-    {%- if m.role == 'user' %}
-        {%- set last.query = loop.index0 %}
-    {%- endif %}
-{%- endfor %}
 {%- for m in messages %}
     {{- '<|im_start|>' + m.role + '\\n' }}
-    {%- if m.role == 'assistant' %}
-        {%- set parts = m.content.split('</think>') %}
-        {%- if loop.index0 > last.query %}
-            {%- set thought = parts[0].split('<think>')[-1].strip('\\n') if parts | length > 1 else '' %}
-            {{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}
-        {%- endif %}
-        {{- parts[-1].lstrip('\\n') if parts | length > 1 else m.content }}
-    {%- else %}
-        {{- m.content }}
+    {%- set thought, mark, answer = m.content.rpartition('</think>') %}
+    {%- if m.role == 'assistant' and loop.last %}
+        {{- '<think>\\n' + thought.split('<think>')[-1].strip('\\n') + '\\n</think>\\n\\n' }}
     {%- endif %}
-    {{- '<|im_end|>\\n' }}
+    {{- (answer.lstrip('\\n') if mark else answer) + '<|im_end|>\\n' }}
 {%- endfor %}"""
 SMOLLM2 = """{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system
 You are SmolLM.<|im_end|>
@@ -627,11 +615,9 @@ def chat_tokenizer(path, family="llama3", template=None):
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     path.mkdir()
     tokenizer.save(str(path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
-    if bos:
-        config["bos_token"] = bos
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
     if family == "smollm2":
-        (path / "chat_template.jinja").write_text(template or family_template)
+        (path / "chat_template.jinja").write_text(family_template)
     else:
         config["chat_template"] = template or family_template
     (path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -742,18 +728,15 @@ def test_a_tokenizer_that_puts_a_space_first(family, tmp_path, monkeypatch):
 
 
 def test_sft_rows_are_cut_at_seq_len_and_stay_in_one_shard(source, tmp_path):
-    tokenizer = chat_tokenizer(tmp_path / "tokenizer")
+    chat_tokenizer(tmp_path / "tokenizer")
     never = [[("user", "long " * 200), ("assistant", "no")], [("user", "nobody answers")]]
-    chats = write_rows(tmp_path / "chats.jsonl", rows_of([*CHATS, *never] * 5))
+    chats = write_rows(tmp_path / "chats.jsonl", [*rows_of([*CHATS, *never] * 5), {"text": "no chat"}])
     options = {"tokenizer": tmp_path / "tokenizer", "sft": True, "unit_bytes": 2000}
     meta = prepared(chats, tmp_path / "cut", seq_len=30, **options)
-    assert meta["filtered"] == 10 and meta["bad"] == 0 and len(meta["splits"]["tokens"]) > 5
+    assert meta["filtered"] == 10 and meta["bad"] == 1 and len(meta["splits"]["tokens"]) > 5
     whole = encoded(tmp_path / "tokenizer", rows_of(CHATS), sft=True)
     rows, masks = (documents_of(tmp_path / "cut", column) for column in ("tokens", "mask"))
-    assert len(rows) == 25
-    for i, (tokens, mask) in enumerate(zip(rows, masks, strict=True)):
-        whole_tokens, whole_mask = whole[i % 5]
-        assert len(tokens) == min(30, len(whole_tokens)) and mask.any()
+    for tokens, mask, (whole_tokens, whole_mask) in zip(rows, masks, whole * 5, strict=True):
         assert np.array_equal(tokens, whole_tokens[:30]) and np.array_equal(mask, whole_mask[:30])
 
     mixture = Mixture({tmp_path / "cut": None}, "tokens", 0, seed=3, sft=True)
@@ -761,12 +744,12 @@ def test_sft_rows_are_cut_at_seq_len_and_stay_in_one_shard(source, tmp_path):
     batch = mixture.batch(4, 6)
     assert batch.ids.shape == batch.labels.shape == batch.documents.shape == (6, 128)
     assert not batch.documents.any() and batch.source.tolist() == [0] * 6
-    for row, i in enumerate(range(4, 10)):
+    for ids, labels, i in zip(batch.ids, batch.labels, range(4, 10), strict=True):
         block = mixture.place(i)[1]
-        labels = np.where(masks[block] == 1, rows[block].astype(int), -100)[1:].tolist()
-        padding = 128 - len(labels)
-        assert batch.labels[row].tolist() == labels + [-100] * padding
-        assert batch.ids[row].tolist() == rows[block][:-1].tolist() + [0] * padding
+        trained = np.where(masks[block] == 1, rows[block].astype(int), -100)[1:]
+        padding = 128 - len(trained)
+        assert labels.tolist() == trained.tolist() + [-100] * padding
+        assert ids.tolist() == rows[block][:-1].tolist() + [0] * padding
     assert mixture.count_labels(4, 6) == (batch.labels != -100).sum()
     long = write_rows(tmp_path / "long.jsonl", rows_of([[("user", "a"), ("assistant", "x = 1\n" * 200)]]))
     for length, padded in ((128, 128), (129, 256)):  # a row of one token more than ids
@@ -776,20 +759,6 @@ def test_sft_rows_are_cut_at_seq_len_and_stay_in_one_shard(source, tmp_path):
     prepared(source, tmp_path / "packed")
     with pytest.raises(ValueError, match="not SFT rows"):
         Shards(tmp_path / "packed", "tokens", 8, sft=True)
-    assert text_of(tokenizer, rows[0]).startswith("<|begin_of_text|>")
-
-
-def test_bad_chats_are_counted(tmp_path):
-    chat_tokenizer(tmp_path / "tokenizer")
-    good = {"messages": messages_of([("user", "a"), ("assistant", "b")])}
-    null = {"messages": [{"role": "user", "content": None}]}
-    rows = [good, {"messages": []}, {"conversations": "x"}, null, {"conversations": [{"from": "gpt"}]},
-            {"text": "no chat"}, {"conversations": [None]}, good | {"tools": 5}, good]  # fmt: skip
-    write_rows(tmp_path / "a.jsonl", rows)
-    meta = prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=tmp_path / "tokenizer", sft=True)
-    assert meta["documents"]["tokens"] == 2 and meta["bad"] == 7
-    offsets = np.cumsum([len(json.dumps(row)) + 1 for row in rows])
-    assert [int(reason.split(":")[1].split()[-1]) for reason in meta["first_bad"]] == offsets[:7].tolist()
 
 
 MARKED = [
@@ -865,18 +834,14 @@ def test_permutation_visits_everything_once():
     assert len(orders) == 100
 
 
-def test_an_order_costs_no_time_and_no_memory(corpora):
-    """Under 1% of a quickstart step of 16 blocks and 0.9 s; measured 0.0002 s."""
+def test_an_order_costs_no_memory(corpora):
     mixture = Mixture(dict.fromkeys([corpora / "many", corpora / "few"]), "tokens", 16, seed=0)
     mixture.shares = [10**12, 3 * 10**11]  # as of 10**12 blocks: cycles are walked as long as they get
     mixture.starts, mixture.total = [0, 10**12, 13 * 10**11], 13 * 10**11
-    begun = time.perf_counter()
-    for i in range(1600):
-        mixture.place(i * 10**9)
-    assert (time.perf_counter() - begun) / 100 < 0.009
+    mixture.place(0)
     tracemalloc.start()
     for i in range(500):
-        mixture.place(i)
+        mixture.place(i * 10**9)
     assert tracemalloc.get_traced_memory()[0] < 10_000
     tracemalloc.stop()
 
@@ -886,35 +851,30 @@ def test_mixture_takes_each_budget_and_repeats_only_what_is_used_up(corpora, bud
     data = {corpora / "many": budget, corpora / "few": None}
     mixture = Mixture(data, "tokens", 16, seed=5)
     blocks = [source.blocks for source in mixture.sources]
+    assert blocks[0] > 3000 // 16 and blocks[0] < 40_000 // 32
     shares = [blocks[0] if budget is None else budget // 16, blocks[1]]
-    assert mixture.total == sum(shares)
-    assert budget != 3000 or shares[0] < blocks[0]
-    assert budget != 40_000 or shares[0] > 2 * blocks[0]
-    places = [mixture.place(i) for i in range(2 * mixture.total)]
+    total = mixture.total
+    assert total == sum(shares)
+    places = [mixture.place(i) for i in range(2 * total)]
+    orders = [[source for source, _ in part] for part in (places[:total], places[total:])]
     for source in range(2):
-        seen = [block for s, block in places if s == source]
-        assert len(seen) == 2 * shares[source]
-        for epoch in (0, 1):  # the budget is met exactly in each
-            part = places[epoch * mixture.total : (epoch + 1) * mixture.total]
-            assert sum(s == source for s, _ in part) == shares[source]
-        times = np.bincount(seen, minlength=blocks[source])
+        assert [order.count(source) for order in orders] == [shares[source]] * 2  # in each epoch exactly
+        times = np.bincount([block for s, block in places if s == source], minlength=blocks[source])
         assert times.max() - times.min() <= 1  # over the epochs too, none comes again before all have come
-    orders = [[source for source, _ in places[i : i + mixture.total]] for i in (0, mixture.total)]
     assert orders[0] != orders[1]
-    first = sum(source == 0 for source, _ in places[: mixture.total // 2])
-    p = shares[0] / mixture.total  # the sources are shuffled together: within five standard deviations
-    assert abs(first - shares[0] / 2) < 5 * (mixture.total * p * (1 - p) / 4) ** 0.5
+    first = orders[0][: total // 2].count(0)
+    p = shares[0] / total  # the sources are shuffled together: within five standard deviations
+    assert abs(first - shares[0] / 2) < 5 * (total * p * (1 - p) / 4) ** 0.5
     batch = mixture.batch(7, 5)
-    assert batch.source.tolist() == [source for source, _ in places[7:12]]
+    assert batch.source.tolist() == orders[0][7:12]
     assert all(array.dtype == np.int64 for array in batch)
-    for row, i in enumerate(range(7, 12)):
-        name, block = ("many", "few")[places[i][0]], places[i][1]
-        for tokens in arrays_of(corpora / name, "tokens"):
+    for ids, labels, (source, block) in zip(batch.ids, batch.labels, places[7:12], strict=True):
+        for tokens in arrays_of(corpora / ("many", "few")[source], "tokens"):
             if block < (len(tokens) - 1) // 16:
                 break
             block -= (len(tokens) - 1) // 16
-        assert batch.ids[row].tolist() == tokens[block * 16 : block * 16 + 16].tolist()
-        assert batch.labels[row].tolist() == tokens[block * 16 + 1 : block * 16 + 17].tolist()
+        assert [*ids, labels[-1]] == tokens[block * 16 : block * 16 + 17].tolist()
+        assert labels[:-1].tolist() == ids[1:].tolist()
     assert mixture.count_labels(7, 5) == 5 * 16
     other = Mixture(data, "tokens", 16, seed=6)
     assert [other.place(i) for i in range(50)] != places[:50]
@@ -941,12 +901,11 @@ def test_documents_tell_where_each_token_belongs(corpora):
 def test_more_shards_than_a_process_may_open(corpora, tmp_path):
     """As of FineWeb-Edu's thousands and 1024 open files; and a document can go on in the next shard, as
     prepare.py wrote them before work units."""
-    tokens = np.arange(1, 6001, dtype=np.uint16)
     entries = []
-    for number, part in enumerate(np.split(tokens, 200)):
-        np.save(tmp_path / f"tokens_{number:05d}.npy", part)
+    for number, tokens in enumerate(np.split(np.arange(1, 6001, dtype=np.uint16), 200)):
         ends = np.array([[10, 25], [15]][number % 2])
-        np.save(tmp_path / f"ends_{number:05d}.npy", ends)
+        for column, values in (("tokens", tokens), ("ends", ends)):
+            np.save(tmp_path / f"{column}_{number:05d}.npy", values)
         name = f"tokens_{number:05d}.npy"
         entries.append({"file": name, "tokens": 30, "documents": len(ends), "sha256": {}})
     meta = json.loads((corpora / "many/meta.json").read_text())
@@ -962,39 +921,38 @@ def test_more_shards_than_a_process_may_open(corpora, tmp_path):
     assert mixture.total == 600
     assert np.array_equal(batch.ids, batch.ids[:, :1] + np.arange(8))
     assert np.array_equal(batch.labels, batch.ids + 1)
-    ends = [10, 25, 45]  # in every 60 tokens
-    begun = np.isin(batch.ids[:, 1:] % 60, [end + 1 for end in ends])
+    begun = np.isin(batch.ids[:, 1:] % 60, [11, 26, 46])  # behind the ends in every 60 tokens
     assert np.array_equal(np.diff(batch.documents, axis=1) == 1, begun)
 
 
 def test_a_damaged_directory_is_named(corpora, tmp_path):
-    shutil.copytree(corpora / "many", tmp_path / "many")
-    done = run("prepare.py", f"--inspect={tmp_path}/many")
+    path = tmp_path / "many"
+    shutil.copytree(corpora / "many", path)
+    done = run("prepare.py", f"--inspect={path}")
     assert done.returncode == 0, done.stderr
     for words in ("150 documents", f"{corpora}/many.jsonl", "def f(x)"):
         assert words in done.stdout
-    for i, name in enumerate(("tokens_00001.npy", "ends_00000.npy")):
-        shutil.copytree(corpora / "many", tmp_path / str(i))
-        file = tmp_path / str(i) / name
-        data = bytearray(file.read_bytes())
-        data[-3] ^= 1
-        file.write_bytes(data)
-        with pytest.raises(ValueError, match=f"^{file} is missing or damaged"):
-            prepare.describe(tmp_path / str(i))
-        file.write_bytes(data[:-2])
+    for name in ("tokens_00001.npy", "ends_00000.npy"):
+        whole = (path / name).read_bytes()
+        (path / name).write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+        with pytest.raises(ValueError, match=f"^{path / name} is missing or damaged"):
+            prepare.describe(path)
+        (path / name).write_bytes(whole[:-2])
         with pytest.raises(ValueError, match=f"{name} is truncated"):
-            Shards(tmp_path / str(i), "tokens", 16)
-    length = len(arrays_of(corpora / "many", "tokens")[0])
-    np.save(tmp_path / "many/tokens_00000.npy", np.zeros(1999, np.uint16))
+            Shards(path, "tokens", 16)
+        (path / name).write_bytes(whole)
+        prepare.map_array.cache_clear()
+    length = len(arrays_of(path, "tokens")[0])
+    np.save(path / "tokens_00000.npy", np.zeros(1999, np.uint16))
     wrong = rf"tokens_00000.npy holds \(1999,\) uint16; meta.json says \({length},\)"
     with pytest.raises(ValueError, match=wrong):
-        Shards(tmp_path / "many", "tokens", 16)
+        Shards(path, "tokens", 16)
     with pytest.raises(ValueError, match="not one block of seq_len 16"):
         Shards(corpora / "many", "heldout", 16)
-    meta = json.loads((tmp_path / "many/meta.json").read_text())
-    (tmp_path / "many/meta.json").write_text(json.dumps(meta | {"format": 1}))
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps(meta | {"format": 1}))
     with pytest.raises(ValueError, match="has shard format 1, not 2: prepare it again"):
-        Shards(tmp_path / "many", "tokens", 16)
+        Shards(path, "tokens", 16)
 
 
 TOOLS = [
@@ -1101,20 +1059,26 @@ def test_rows_of_parquet_give_the_ids_of_the_same_rows_of_json_lines(tmp_path):
         assert np.array_equal(ours, theirs)
 
 
-def test_chats_that_cannot_be_masked_are_refused_with_the_reason(tmp_path):
+def test_chats_that_cannot_be_read_or_masked_are_refused_with_the_reason(tmp_path):
     template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content or m.tool_calls[0].function.name }}\n{% endfor %}"
     )
     chat_tokenizer(tmp_path / "tokenizer", template=template)
     user, assistant = plain = messages_of([("user", "a"), ("assistant", "b")])
     for row, reason in (
-        ({"messages": plain + plain}, "the template ends an assistant's turn without a special token"),
-        (rows_with_calls()[0], "do not show the bounds of a turn of tool calls"),
-        ({"messages": plain, "tools": "{"}, "Expecting"),
-        ({"messages": plain, "tools": {"name": "count"}}, "no list"),
-        ({"messages": plain, "tools": ["count"]}, "no list"),
-        ({"messages": [user, {"role": "assistant", "content": None}]}, "without text"),
-        ({"messages": [{"role": "tool", "content": None}, assistant]}, "without text"),
+        ({"messages": plain + plain}, "chat: the template ends an assistant's turn without a special token"),
+        (rows_with_calls()[0], "chat: .*do not show the bounds of a turn of tool calls"),
+        ({"messages": plain, "tools": "{"}, "chat: Expecting"),
+        ({"messages": plain, "tools": {"name": "count"}}, "chat: .*no list"),
+        ({"messages": plain, "tools": ["count"]}, "chat: .*no list"),
+        ({"messages": plain, "tools": 5}, "chat: 'int' object is not iterable"),
+        ({"messages": [user, {"role": "assistant", "content": None}]}, "chat: .*without text"),
+        ({"messages": [{"role": "tool", "content": None}, assistant]}, "chat: .*without text"),
+        ({"conversations": [{"from": "gpt"}]}, "chat: .*without text"),
+        ({"conversations": [None]}, "chat: 'NoneType' object has no"),
+        ({"conversations": "x"}, "chat: 'str' object has no"),
+        ({"messages": []}, "not a chat"),
+        ({"text": "no chat"}, "not a chat"),
     ):
-        with pytest.raises(ValueError, match=f"^chat: .*({reason})"):
+        with pytest.raises(ValueError, match=f"^{reason}"):
             encoded(tmp_path / "tokenizer", [row], sft=True)
