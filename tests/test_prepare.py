@@ -1,6 +1,5 @@
 """prepare.py: input formats, what is bad in them, kill -9, chats with their loss masks, and the readers."""
 
-import copy
 import gzip
 import hashlib
 import json
@@ -16,6 +15,7 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -327,7 +327,8 @@ def parquet_of(path, texts, flip=False):
 def test_what_a_damaged_file_still_has_is_kept(tmp_path):
     noise = random.Random(0)  # hard to compress, so that the cut is far from the start
     long = [noise.randbytes(500).hex() for _ in range(1000)]
-    packed, zstd = (compress(lines(long)) for compress in (gzip.compress, zstandard.compress))
+    packed, zstd = gzip.compress(lines(long)), zstandard.compress(lines(long))
+    packed, zstd = packed[: len(packed) * 3 // 4], zstd[: len(zstd) * 3 // 4]
     texts = [text.encode() for text in TEXTS]
     latin = [*texts[:69], b"caf\xe9", *texts[70:]]
     rows = [{"text": text} for text in TEXTS]
@@ -336,13 +337,8 @@ def test_what_a_damaged_file_still_has_is_kept(tmp_path):
     in_group, made = "unreadable behind row group 1: ", tmp_path / "made"
     write_as("jsonl", tmp_path / "good.jsonl", ["the next file"])
     for name, data, good, words in (
-        (
-            "a.jsonl.gz",
-            packed[: len(packed) * 3 // 4],
-            long,
-            "unreadable behind byte N: Compressed file ended",
-        ),
-        ("b.jsonl.zst", zstd[: len(zstd) * 3 // 4], long, "unreadable behind byte N: Truncated"),
+        ("a.jsonl.gz", packed, long, "unreadable behind byte N: Compressed file ended"),
+        ("b.jsonl.zst", zstd, long, "unreadable behind byte N: Truncated"),
         ("c.parquet", parquet_of(made, texts, flip=True), two_groups, in_group),
         ("d.parquet", parquet_of(made, latin), two_groups, f"{in_group}'utf-8' codec"),
         ("e.json", json.dumps(rows)[:-9].encode(), [], "unreadable behind its start: "),
@@ -364,11 +360,7 @@ def test_what_a_damaged_file_still_has_is_kept(tmp_path):
 
 def test_an_error_of_the_disk_is_no_damage(source, monkeypatch):
     """It ends the run, which would otherwise leave out what can be read the next time."""
-
-    def fail(*_):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(prepare, "read_rows", fail)
+    monkeypatch.setattr(prepare, "read_rows", Mock(side_effect=OSError(5, "Input/output error")))
     with pytest.raises(OSError, match="Input/output error"):
         read(source)
 
@@ -402,38 +394,33 @@ def test_more_than_max_bad_stops_and_a_higher_limit_goes_on(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
 
 
-REFUSED = [
-    ({"input": "/nowhere/*.jsonl"}, "/nowhere/*.jsonl matches no file"),
-    ({"input": (1, 2)}, "input has 1 in it, which is no file or glob"),
-    ({"input": ()}, "the input holds no text to train on: 0 files"),
-    ({"input": f"{ROOT}/README.md"}, "README.md: input must be .parquet, or .txt .py .jsonl .json"),
-    ({"input": "HERE/bad.parquet"}, "bad.parquet is not Parquet: "),
-    ({"input": "HERE/a.parquet", "text_key": "body"}, "no column body, messages or conversations"),
-    ({"input": "HERE/a.*", "min_score": 1.0}, "a.txt is plain text: it has no scores"),
-    ({"input": "HERE/a.*", "sft": True}, "a.txt is plain text: it has no chats"),
-    ({"input": "HERE/blank.jsonl", "sft": True}, "has no chat template"),
-    ({"num_workers": -1}, "num_workers is -1; it must be at least 0"),
-    ({"seq_len": 1}, "seq_len is 1; it must be at least 2"),
-    ({"heldout_fraction": 1.0}, "must be from 0 to below 1"),
-    ({"tokenizer": "/nowhere"}, "/nowhere/tokenizer.json is no tokenizer.json of a Hugging Face directory"),
-    ({"input": "HERE/empty.txt"}, "the input holds no text to train on: 1 files"),
-    ({"input": "HERE/empty.json"}, "the input holds no text to train on: 1 files"),
-    ({"input": "HERE/blank.jsonl"}, "the input holds no text to train on: 1 files"),
-]
-
-
 def test_refusals_are_one_line_and_leave_nothing(tmp_path, monkeypatch):
     for name, text in (("a.txt", "text"), ("empty.txt", ""), ("empty.json", ""), ("blank.jsonl", "\n\n")):
         (tmp_path / name).write_text(text)
     write_as("parquet", tmp_path / "a.parquet", TEXTS)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 but no more than that")
     before = set(tmp_path.iterdir())
-    for options, words in REFUSED:
-        options = {"input": "HERE/a.txt", **options}
-        if isinstance(options["input"], str):
-            options["input"] = options["input"].replace("HERE", str(tmp_path))
+    here, no_text = str(tmp_path), "the input holds no text to train on: "
+    for input, options, words in (
+        ("/nowhere/*.jsonl", {}, "/nowhere/*.jsonl matches no file"),
+        ((1, 2), {}, "input has 1 in it, which is no file or glob"),
+        ((), {}, f"{no_text}0 files"),
+        (f"{here}/empty.txt", {}, f"{no_text}1 files"),
+        (f"{here}/empty.json", {}, f"{no_text}1 files"),
+        (f"{here}/blank.jsonl", {}, f"{no_text}1 files"),
+        (f"{here}/blank.jsonl", {"sft": True}, "has no chat template"),
+        (f"{ROOT}/README.md", {}, "README.md: input must be .parquet, or .txt .py .jsonl .json"),
+        (f"{here}/bad.parquet", {}, "bad.parquet is not Parquet: "),
+        (f"{here}/a.parquet", {"text_key": "body"}, "no column body, messages or conversations"),
+        (f"{here}/a.*", {"min_score": 1.0}, "a.txt is plain text: it has no scores"),
+        (f"{here}/a.*", {"sft": True}, "a.txt is plain text: it has no chats"),
+        (f"{here}/a.txt", {"num_workers": -1}, "num_workers is -1; it must be at least 0"),
+        (f"{here}/a.txt", {"seq_len": 1}, "seq_len is 1; it must be at least 2"),
+        (f"{here}/a.txt", {"heldout_fraction": 1.0}, "must be from 0 to below 1"),
+        (f"{here}/a.txt", {"tokenizer": "/nowhere"}, "/nowhere/tokenizer.json is no tokenizer.json of a"),
+    ):
         with pytest.raises(ValueError, match=re.escape(words)) as refusal:
-            prepared(out=tmp_path / "out", **options)
+            prepared(input, tmp_path / "out", **options)
         assert "\n" not in str(refusal.value)
         assert set(tmp_path.iterdir()) == before  # neither out nor out.partial
     for arguments in ([f"--input={tmp_path}/empty.txt", f"--out={tmp_path}/out"], [f"--inspect={tmp_path}"]):
@@ -487,47 +474,49 @@ def test_killed_at_ten_moments_ends_with_the_same_bytes(tmp_path):
     assert gone_on >= 3
 
 
-def test_going_on_with_other_settings_or_input_is_refused(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(lines([*TEXTS, "last"]) + b"bad\n")
+def test_going_on_with_other_settings_or_input_is_refused(tmp_path, capsys):
+    """And so it is where all is done; the same settings are then told to have been there."""
+    path, out = tmp_path / "a.jsonl", tmp_path / "out"
+    whole = lines([*TEXTS, "last"]) + b"bad\n"
+    path.write_bytes(whole)
+    made = path.stat().st_mtime_ns
     with pytest.raises(ValueError, match="more than max_bad"):
-        prepared(path, tmp_path / "out", max_bad=0)
+        prepared(path, out, max_bad=0)
     shutil.copytree(BUNDLED, tmp_path / "tokenizer")
     (tmp_path / "tokenizer/tokenizer_config.json").write_text("{}")
-    before = contents(tmp_path / "out.partial")
+    begun = contents(tmp_path / "out.partial")
     for name, value in {
         "heldout_fraction": 0.5, "unit_bytes": 5000, "text_key": "body", "min_score": 1.0,
         "special_tokens": True, "tokenizer": tmp_path / "tokenizer",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=f"out.partial was begun with {name} = "):
-            prepared(path, tmp_path / "out", **{name: value})
-    data = path.read_bytes()
-    for changed in (data + lines(["more"]), data.replace(b'"last"', b'"tsal"')):
+            prepared(path, out, **{name: value})
+    for changed in (whole + lines(["more"]), whole.replace(b'"last"', b'"tsal"')):
         path.write_bytes(changed)
         with pytest.raises(ValueError, match="was begun with input_files = "):
-            prepared(path, tmp_path / "out")
-    assert contents(tmp_path / "out.partial") == before
+            prepared(path, out)
+    assert contents(tmp_path / "out.partial") == begun
 
-
-def test_what_is_there_is_said_and_other_settings_are_refused(source, tmp_path, capsys):
-    prepared(source, tmp_path / "out")
-    before = contents(tmp_path / "out")
-    prepared(source, tmp_path / "out", num_workers=2, max_bad=7)
+    path.write_bytes(whole)
+    os.utime(path, ns=(made, made))
+    prepared(path, out)
+    done = contents(out)
+    prepared(path, out, num_workers=2, max_bad=7)
     told = capsys.readouterr().out.splitlines()[-1]
-    assert told == f"{tmp_path}/out is there already, made with the same settings"
+    assert told == f"{out} is there already, made with the same settings"
     with pytest.raises(ValueError, match=r"/out was begun with heldout_fraction = 0, not 0.5; remove it"):
-        prepared(source, tmp_path / "out", heldout_fraction=0.5)
+        prepared(path, out, heldout_fraction=0.5)
     (tmp_path / "else").mkdir()
     with pytest.raises(ValueError, match="else exists and is no shard directory"):
-        prepared(source, tmp_path / "else")
-    assert contents(tmp_path / "out") == before and not list((tmp_path / "else").iterdir())
+        prepared(path, tmp_path / "else")
+    assert contents(out) == done and not list((tmp_path / "else").iterdir())
 
 
-def test_nothing_held_out_is_said(source, tmp_path, capsys):
+def test_nothing_held_out_is_said(tmp_path, capsys):
     (tmp_path / "one.txt").write_text("\n".join(TEXTS))
     words = "nothing is held out of 1 documents, so train.py cannot evaluate"
-    for path, fraction, is_said in ((tmp_path / "one.txt", 0.02, True), (tmp_path / "one.txt", 0, False)):
-        prepared(path, tmp_path / str(fraction), heldout_fraction=fraction)
+    for fraction, is_said in ((0.02, True), (0, False)):
+        prepared(tmp_path / "one.txt", tmp_path / str(fraction), heldout_fraction=fraction)
         assert (words in capsys.readouterr().out) == is_said
 
 
@@ -582,10 +571,8 @@ FAMILIES = {
     "qwen": (QWEN, None, "<|im_end|>"),
     "smollm2": (SMOLLM2, "<|im_start|>", "<|im_end|>"),
 }
-SPECIAL = [
-    "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>",
-    "<|im_end|>",
-]  # fmt: skip
+NAMES = ("begin_of_text", "start_header_id", "end_header_id", "eot_id", "im_start", "im_end")
+SPECIAL = [f"<|{name}|>" for name in NAMES]
 CHATS = [
     [("user", "What is 1 + 1?"), ("assistant", "It is 2.")],
     [("system", "Brief!"), ("user", "Hi"), ("assistant", "Hello"), ("user", "🙂"), ("assistant", "日\n\n本")],
@@ -730,7 +717,7 @@ def test_a_tokenizer_that_puts_a_space_first(family, tmp_path, monkeypatch):
 def test_sft_rows_are_cut_at_seq_len_and_stay_in_one_shard(source, tmp_path):
     chat_tokenizer(tmp_path / "tokenizer")
     never = [[("user", "long " * 200), ("assistant", "no")], [("user", "nobody answers")]]
-    chats = write_rows(tmp_path / "chats.jsonl", [*rows_of([*CHATS, *never] * 5), {"text": "no chat"}])
+    chats = write_rows(tmp_path / "a.jsonl", [*rows_of([*CHATS, *never] * 5), {"text": "no chat"}])
     options = {"tokenizer": tmp_path / "tokenizer", "sft": True, "unit_bytes": 2000}
     meta = prepared(chats, tmp_path / "cut", seq_len=30, **options)
     assert meta["filtered"] == 10 and meta["bad"] == 1 and len(meta["splits"]["tokens"]) > 5
@@ -955,16 +942,9 @@ def test_a_damaged_directory_is_named(corpora, tmp_path):
         Shards(path, "tokens", 16)
 
 
-TOOLS = [
-    {
-        "type": "function",
-        "function": {"name": "count", "parameters": {"default": None, "note": "<|im_end|>é"}},
-    }
-]
-CALL = {
-    "type": "function",
-    "function": {"name": "count", "arguments": {"of": "items", "unit": "<|im_start|>"}},
-}
+TOOL = {"name": "count", "parameters": {"default": None, "note": "<|im_end|>é"}}
+TOOLS = [{"type": "function", "function": TOOL}]
+CALL = {"name": "count", "arguments": {"of": "items", "unit": "<|im_start|>"}}
 CALLS = {
     # A turn's calls stand behind what it says, in text; Qwen's way.
     "behind the content": (
@@ -993,19 +973,16 @@ CALLS = {
     ),
 }  # fmt: skip
 SAID = {
-    "behind the content": [
-        f"<call>{json.dumps(CALL['function'], indent=1)}</call><|im_end|>",
-        "seven<|im_end|>",
-    ],
-    "in place of the content": ["<|begin_of_text|>count<|im_end|>", "seven<|eot_id|>"],
-    "without a header": ["<|im_start|>" + json.dumps(CALL) + "<|eot_id|>", "seven<|eot_id|>"],
-}  # fmt: skip
+    "behind the content": f"<call>{json.dumps(CALL, indent=1)}</call><|im_end|>seven<|im_end|>",
+    "in place of the content": "<|begin_of_text|>count<|im_end|>seven<|eot_id|>",
+    "without a header": "<|im_start|>"
+    + json.dumps({"type": "function", "function": CALL})
+    + "<|eot_id|>seven<|eot_id|>",
+}
 
 
 def rows_with_calls(arguments=None):
-    call = copy.deepcopy(CALL)
-    if arguments is not None:
-        call["function"]["arguments"] = arguments
+    call = {"type": "function", "function": CALL if arguments is None else CALL | {"arguments": arguments}}
     chat = [
         {"role": "user", "content": "count them"},
         {"role": "assistant", "tool_calls": [call]},
@@ -1027,7 +1004,7 @@ def test_tool_calls_are_trained_on_and_what_tools_say_is_not(kind, tmp_path):
     plain = oracle.apply_chat_template(rows_with_calls({})[0]["messages"], tools=[], tokenize=False)
     marks = ["<|im_start|>", "<|im_end|>"] * ("behind" in kind) + re.findall(r"<\|\w+\|>", plain)
     for tokens, mask in found:
-        assert text_of(tokenizer, tokens[mask == 1]) == "".join(SAID[kind])
+        assert text_of(tokenizer, tokens[mask == 1]) == SAID[kind]
         # What a tool or a call spells out is no special token.
         assert [name for name in map(tokenizer.id_to_token, tokens) if name in SPECIAL] == marks
     # The text is as transformers renders it where nothing is trained on, too.
@@ -1037,7 +1014,7 @@ def test_tool_calls_are_trained_on_and_what_tools_say_is_not(kind, tmp_path):
 def test_tools_and_arguments_can_be_json_text(tmp_path):
     tokenizer = chat_tokenizer(tmp_path / "tokenizer", template=CALLS["behind the content"])
     rows = [row | {"tools": json.dumps(TOOLS)} for row in rows_with_calls()]
-    rows += rows_with_calls(json.dumps(CALL["function"]["arguments"]))
+    rows += rows_with_calls(json.dumps(CALL["arguments"]))
     oracle = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     found = encoded(tmp_path / "tokenizer", rows, sft=True, special_tokens=True)
     for row, (tokens, _) in zip(rows, found, strict=True):
