@@ -339,7 +339,7 @@ def test_what_a_damaged_file_still_has_is_kept(tmp_path):
     for name, data, good, words in (
         ("a.jsonl.gz", packed, long, "unreadable behind byte N: Compressed file ended"),
         ("b.jsonl.zst", zstd, long, "unreadable behind byte N: Truncated"),
-        ("c.parquet", parquet_of(made, texts, flip=True), two_groups, in_group),
+        ("c.parquet", parquet_of(made, texts, flip=True), two_groups, f"{in_group}could not verify"),
         ("d.parquet", parquet_of(made, latin), two_groups, f"{in_group}'utf-8' codec"),
         ("e.json", json.dumps(rows)[:-9].encode(), [], "unreadable behind its start: "),
         ("f.json", null, but_one, "row 4: no text under text"),
