@@ -28,18 +28,19 @@ SHAPE = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
     "rms_norm_eps": 3e-3, "rope_theta": 700.0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+TIED = {"tie_word_embeddings": True}
 FAMILIES = {
-    "llama": {"model_type": "llama"},
-    "llama, tied": {"model_type": "llama", "tie_word_embeddings": True},
-    "llama, rope llama3": {"model_type": "llama", "rope_scaling": LLAMA3},
-    "mistral": {"model_type": "mistral", "sliding_window": None},
-    "mistral, arch llama": {"model_type": "mistral", "sliding_window": None},
-    "qwen2": {"model_type": "qwen2"},
-    "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen2, arch llama": {"model_type": "qwen2"},
-    "qwen2, tied, arch llama": {"model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen3": {"model_type": "qwen3"},
-    "qwen3, tied": {"model_type": "qwen3", "tie_word_embeddings": True},
+    "llama": {},
+    "llama, tied": TIED,
+    "llama, rope llama3": {"rope_scaling": LLAMA3},
+    "mistral": {"sliding_window": None},
+    "mistral, arch llama": {"sliding_window": None},
+    "qwen2": {},
+    "qwen2, tied": TIED,
+    "qwen2, arch llama": {},
+    "qwen2, tied, arch llama": TIED,
+    "qwen3": {},
+    "qwen3, tied": TIED,
 }
 
 
@@ -83,14 +84,14 @@ def random_ids():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_transformers_loads_the_export(name, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    clone = save_random_clone(tmp_path / "clone", tmp_path / "teacher", **FAMILIES[name])
+    family = name.split(",")[0]
+    clone = save_random_clone(tmp_path / "clone", tmp_path / "teacher", model_type=family, **FAMILIES[name])
     out, arch = tmp_path / "student", "llama" if "arch" in name else "native"
     call(convert, checkpoint=tmp_path / "clone", out=out, arch=arch)
     theirs = transformers_model(out)
-    family = "llama" if arch == "llama" else FAMILIES[name]["model_type"]
-    assert type(theirs).__name__ == convert.ARCHITECTURES[family] and theirs.dtype == torch.float32
-    tied = FAMILIES[name].get("tie_word_embeddings", False)
-    assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == tied
+    written = "llama" if arch == "llama" else family
+    assert type(theirs).__name__ == convert.ARCHITECTURES[written] and theirs.dtype == torch.float32
+    assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == ("tied" in name)
     ids = random_ids()
     expected = clone(ids)
     torch.testing.assert_close(theirs(ids).logits, expected, rtol=0, atol=1e-4)
@@ -123,15 +124,14 @@ def test_arch_llama_is_advised_where_it_helps_and_refused_where_no_llama_compute
     save_random_clone(tmp_path / "odd", tmp_path / "teacher4", 22, model_type="qwen2")
     for source, words in (("qwen3", "no Llama computes what a layer of a qwen3 does"),
                           ("odd", "its hidden_size, 22, must be a multiple of its 4 heads")):  # fmt: skip
-        refused(
-            f"arch is llama; {words}", convert, checkpoint=tmp_path / source, out=tmp_path / "x", arch="llama"
-        )
+        export = {"checkpoint": tmp_path / source, "out": tmp_path / "x", "arch": "llama"}
+        refused(f"arch is llama; {words}", convert, **export)
     assert not list(tmp_path.glob("x*"))
 
 
 def test_shards(tmp_path):
     """No file is larger than it may be, and all that is written has the mode of the umask."""
-    clone = save_random_clone(tmp_path / "clone", tmp_path / "teacher", **FAMILIES["qwen2"])
+    clone = save_random_clone(tmp_path / "clone", tmp_path / "teacher", model_type="qwen2")
     out = tmp_path / "student"
     umask = os.umask(0o027)
     try:
@@ -163,9 +163,6 @@ def test_an_index_without_its_map(index, tmp_path):
     (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
     with pytest.raises(ValueError, match=r"index.json has no weight_map|None does not exist, but"):
         convert.load_model(tmp_path)
-
-
-# ---- what stands beside the weights
 
 
 def test_a_tokenizer_of_transformers_5_becomes_one_for_4_too(tmp_path):
@@ -227,19 +224,18 @@ def test_a_tokenizer_of_its_own_is_found_by_either_path_or_refused(tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    "teacher, init_from, words",
-    [("source", None, "Distilled from source."), (None, "source", "Made from source."),
-     (None, None, "Trained from scratch.")],
+    "options, words",
+    [({"teacher": "source", "init_from": None}, "Distilled from source."),
+     ({"teacher": None, "init_from": "source"}, "Made from source."),
+     ({"teacher": None, "init_from": None}, "Trained from scratch.")],
 )  # fmt: skip
-def test_the_card_of_a_plain_model_says_what_its_run_came_from(
-    teacher, init_from, words, tmp_path, monkeypatch
-):
+def test_the_card_of_a_plain_model_says_what_its_run_came_from(options, words, tmp_path, monkeypatch):
     """By its run's options: what taught it, or what it began as, has its licence."""
     monkeypatch.chdir(tmp_path)
     for directory in ("source", "card", "run/step_00000020/trainer"):
         Path(directory).mkdir(parents=True)
     Path("source/LICENSE").write_text("the licence")
-    state = {"step": 20, "options": {"teacher": teacher, "init_from": init_from}}
+    state = {"step": 20, "options": options}
     Path("run/step_00000020/trainer/state.json").write_text(json.dumps(state))
     student = save_teacher(tmp_path / "student")
     convert.write_model_card(Path("card"), "student", student, Path("run/step_00000020"), None)
@@ -249,13 +245,13 @@ def test_the_card_of_a_plain_model_says_what_its_run_came_from(
 
 def test_model_card(tmp_path):
     """Of a clone in a run, whose log goes on after the checkpoint and is cut short."""
-    run = tmp_path / "run"
+    run, teacher, out = tmp_path / "run", tmp_path / "teacher", tmp_path / "student"
     path = run / "step_00000020"
-    clone = save_random_clone(path, tmp_path / "teacher")
-    (tmp_path / "teacher/README.md").write_text(
+    clone = save_random_clone(path, teacher)
+    (teacher / "README.md").write_text(
         "---\nlanguage: en\nlicense: other\nlicense_name: qwen-research\n---\nlicense: not this\n"
     )
-    (tmp_path / "teacher/LICENSE").write_text("the licence")
+    (teacher / "LICENSE").write_text("the licence")
     (path / "trainer").mkdir()
     state = {"step": 20, "options": {"learning_rate": 0.003, "init_from": None}}
     (path / "trainer/state.json").write_text(json.dumps(state))
@@ -267,8 +263,8 @@ def test_model_card(tmp_path):
     ]
     log = "".join(json.dumps(line) + "\n" for line in lines)
     (run / "metrics.jsonl").write_text(log + '{"step": 40')
-    call(convert, checkpoint=run, out=tmp_path / "student")
-    front_matter, text = (tmp_path / "student/README.md").read_text().split("\n---\n")
+    call(convert, checkpoint=run, out=out)
+    front_matter, text = (out / "README.md").read_text().split("\n---\n")
     assert front_matter.splitlines() == [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "license: other",
         "license_name: qwen-research",
@@ -283,18 +279,15 @@ def test_model_card(tmp_path):
         "    learning_rate = 0.003",
     ):
         assert expected in text
-    assert (tmp_path / "student/LICENSE").read_text() == "the licence"
+    assert (out / "LICENSE").read_text() == "the licence"
 
     # exported again, from a directory whose own card has no licence: by its LICENSE file
-    (tmp_path / "student/README.md").unlink()
-    call(convert, checkpoint=tmp_path / "student", out=tmp_path / "again")
+    (out / "README.md").unlink()
+    call(convert, checkpoint=out, out=tmp_path / "again")
     card = (tmp_path / "again/README.md").read_text()
     assert "license: other\nlicense_name: see-file\nlicense_link: LICENSE\n---" in card
     assert "Made from student." in card and "Trained" not in card and "options" not in card
     assert (tmp_path / "again/LICENSE").read_text() == "the licence"
-
-
-# ---- the authors' checkpoints
 
 
 def teacher_files(path, teacher):
@@ -310,16 +303,15 @@ def assert_has_the_files_of(student, teacher):
     assert convert.read_json(student / "generation_config.json") == {"eos_token_id": [2, 7]}
 
 
-@pytest.mark.parametrize("layout", ["file", "directory"])
+@pytest.mark.parametrize("layout", ["model.safetensors", "."])
 @pytest.mark.parametrize("case", ["A_i", "A_ii", "B_i", "C_i"])
 def test_reference_checkpoint(case, layout, tmp_path):
     numbers, _, clone, _ = golden(case)
     teacher_files(tmp_path / "teacher", clone.teacher)
     tensors = {n.removeprefix("train."): t for n, t in numbers.items() if n.startswith("train.")}
     (tmp_path / "run").mkdir()
-    file = tmp_path / "run/model.safetensors"
-    save_file(tensors, file)
-    source = file if layout == "file" else file.parent
+    save_file(tensors, tmp_path / "run/model.safetensors")
+    source = tmp_path / "run" / layout
     call(from_authors, checkpoint=source, teacher=tmp_path / "teacher", out=tmp_path / "clone")
     call(convert, checkpoint=tmp_path / "clone", out=tmp_path / "student")
     theirs = transformers_model(tmp_path / "student")
@@ -346,12 +338,10 @@ def test_reference_checkpoint_with_shared_projections(qkv, gate_up, tied, tmp_pa
     for i, layer in enumerate(own.layers):
         p = layer.projections
         of_layer = {
-            "target_input_layernorm": layer.input_norm,
-            "target_post_attention_layernorm": layer.post_norm,
-            "self_attn.zoom_down": p["o"].T,
-            "mlp.zoom_down": p["down"].T,
+            "target_input_layernorm": layer.input_norm, "target_post_attention_layernorm": layer.post_norm,
+            "self_attn.zoom_down": p["o"].T, "mlp.zoom_down": p["down"].T,
             "mlp.zoom_out": torch.zeros(48, 24),
-        }
+        }  # fmt: skip
         of_layer |= {"self_attn.zoom_up": p["qkv"]} if qkv else {f"self_attn.zoom_{m}": p[m] for m in "qkv"}
         of_layer |= (
             {"mlp.zoom_up": p["gate_up"]} if gate_up else {f"mlp.zoom_{m}": p[m].T for m in ("gate", "up")}
@@ -359,18 +349,15 @@ def test_reference_checkpoint_with_shared_projections(qkv, gate_up, tied, tmp_pa
         tensors |= {f"model.layers.{i}.{name}": tensor for name, tensor in of_layer.items()}
     run = tmp_path / "run"
     run.mkdir()
-    files = {
-        "model-1.safetensors": {f"{name}.weight": t.detach().contiguous() for name, t in tensors.items()},
-        "model-2.safetensors": load_file(tmp_path / "teacher/model.safetensors"),
-    }
-    for file, content in files.items():
-        save_file(content, run / file)
+    shutil.copy(tmp_path / "teacher/model.safetensors", run / "model-2.safetensors")
+    tensors = {f"{name}.weight": tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, run / "model-1.safetensors")
+    files = {file.name: load_file(file) for file in run.iterdir()}
     index = {"weight_map": {name: file for file, content in files.items() for name in content}}
     (run / "model.safetensors.index.json").write_text(json.dumps(index))
     (run / "config.json").write_text('{"model_type": "llama", "target_rms_norm_eps": 0.004}')
     call(from_authors, checkpoint=run, out=tmp_path / "clone", teacher=tmp_path / "teacher")
-    call(convert, checkpoint=tmp_path / "clone", out=tmp_path / "student")
-    student = convert.load_model(tmp_path / "student")
+    student = convert.load_clone(tmp_path / "clone").merge()
     assert student.config == clone.config
     torch.testing.assert_close(student(random_ids()), clone(random_ids()), rtol=0, atol=1e-4)
 
@@ -402,9 +389,6 @@ def test_reference_checkpoint_errors(tmp_path):
     is_refused("truncated or not a safetensors file")
     save_file({"a": torch.zeros(2)}, file)
     is_refused(r"no tensor model\.zoom\.weight")
-
-
-# ---- a teacher that has moved, or is another
 
 
 def test_moved_teacher_brings_its_tokenizer(tmp_path, capsys):
@@ -440,14 +424,9 @@ def test_moved_teacher_brings_its_tokenizer(tmp_path, capsys):
     assert not list(tmp_path.glob("x*"))
 
 
-# ---- directories that contradict themselves
-
-
-def transformers_differ(path, other) -> float:
-    ids = torch.arange(64)[None]
-    return convert.largest_difference(
-        transformers_model(path)(ids).logits, transformers_model(other)(ids).logits
-    )
+def assert_as_transformers_reads_it(path, out):
+    logits = [transformers_model(directory)(torch.arange(64)[None]).logits for directory in (path, out)]
+    assert convert.largest_difference(*logits) < 1e-6
 
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 ties whatever is there")
@@ -459,9 +438,8 @@ def test_a_head_beside_a_tied_embedding(equal, tmp_path, capsys):
     save_file(state, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
     call(convert, checkpoint=tmp_path / "model", out=tmp_path / "out")
     assert ("read as untied" in capsys.readouterr().err) == (not equal)
-    config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["tie_word_embeddings"] == equal
-    assert transformers_differ(tmp_path / "model", tmp_path / "out") < 1e-6
+    assert convert.read_json(tmp_path / "out/config.json")["tie_word_embeddings"] == equal
+    assert_as_transformers_reads_it(tmp_path / "model", tmp_path / "out")
 
 
 def test_weights_beside_an_index(tmp_path, capsys):
@@ -474,7 +452,7 @@ def test_weights_beside_an_index(tmp_path, capsys):
     call(convert, checkpoint=tmp_path / "model", out=tmp_path / "out")
     words = "has model.safetensors and model.safetensors.index.json: the first is read"
     assert capsys.readouterr().err.count(words) == 1
-    assert transformers_differ(tmp_path / "model", tmp_path / "out") < 1e-6
+    assert_as_transformers_reads_it(tmp_path / "model", tmp_path / "out")
 
 
 def test_tensors_that_no_name_takes(tmp_path):

@@ -1,6 +1,5 @@
 """prepare.py: input formats, what is bad in them, kill -9, chats with their loss masks, and the readers."""
 
-import copy
 import gzip
 import hashlib
 import json
@@ -16,6 +15,7 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -71,14 +71,17 @@ def is_held_out(text, fraction):
 
 def arrays_of(directory, column, split="tokens"):
     shards = json.loads((directory / "meta.json").read_text())["splits"][split]
-    return [np.load(directory / shard["file"].replace("tokens", column)) for shard in shards]
+    arrays = [np.load(directory / shard["file"].replace("tokens", column)) for shard in shards]
+    count = "documents" if column == "ends" else "tokens"
+    assert [len(array) for array in arrays] == [shard[count] for shard in shards]
+    return arrays
 
 
 def documents_of(directory, column, split="tokens"):
     """The column's values, tokens or mask, of each document in turn."""
     documents = []
-    ends_of = arrays_of(directory, "ends", split)
-    for values, ends in zip(arrays_of(directory, column, split), ends_of, strict=True):
+    columns = (arrays_of(directory, name, split) for name in (column, "ends"))
+    for values, ends in zip(*columns, strict=True):
         assert len(values) == ends[-1]  # no document goes from one shard into the next
         documents += np.split(values, ends[:-1])
     return documents
@@ -86,9 +89,6 @@ def documents_of(directory, column, split="tokens"):
 
 def texts_of(directory, split="tokens"):
     """The documents without their EOS."""
-    shards = json.loads((directory / "meta.json").read_text())["splits"][split]
-    assert [len(array) for array in arrays_of(directory, "tokens", split)] == [s["tokens"] for s in shards]
-    assert [len(array) for array in arrays_of(directory, "ends", split)] == [s["documents"] for s in shards]
     documents = documents_of(directory, "tokens", split)
     assert all(document[-1] == 0 for document in documents)
     return [TOKENIZER.decode(document[:-1]) for document in documents]
@@ -125,9 +125,6 @@ def source(tmp_path_factory):
     return write_as("jsonl", tmp_path_factory.mktemp("source") / "a.jsonl", TEXTS)
 
 
-# ---- formats
-
-
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "json", "json.zst", "parquet"])
 def test_every_format_gives_the_same_documents_and_bytes_for_any_number_of_workers(
     kind, tmp_path, monkeypatch
@@ -152,12 +149,11 @@ def test_small_files_are_packed_into_units_whole(tmp_path):
     """As the quickstart's: one document a file, in the order of their names, and few shards."""
     for i, text in enumerate(TEXTS):
         (tmp_path / f"{i:03d}.py").write_text(text)
-    meta = prepared(f"{tmp_path}/*.py", tmp_path / "out", unit_bytes=10_000)
-    assert texts_of(tmp_path / "out") == TEXTS
     units = sum(len(text.encode()) for text in TEXTS) / 10_000
-    assert units < len(meta["splits"]["tokens"]) < 2 * units + 1
-    meta = prepared(f"{tmp_path}/*.py", tmp_path / "one", unit_bytes=64_000_000)
-    assert len(meta["splits"]["tokens"]) == 1 and texts_of(tmp_path / "one") == TEXTS
+    for unit_bytes, least, most in ((10_000, units, 2 * units + 1), (64_000_000, 0, 1)):
+        meta = prepared(f"{tmp_path}/*.py", tmp_path / str(unit_bytes), unit_bytes=unit_bytes)
+        assert texts_of(tmp_path / str(unit_bytes)) == TEXTS
+        assert least < len(meta["splits"]["tokens"]) <= most
 
 
 def test_byte_ranges_share_no_line_and_leave_none_out(tmp_path):
@@ -229,9 +225,10 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
 def test_an_array_is_read_whole_and_so_has_a_limit(tmp_path, monkeypatch):
     """Before any work where the file tells; as a bad file where it grows when decompressed."""
     monkeypatch.setattr(prepare, "LONGEST_ROW", 5000)
-    array, packed, objects = (tmp_path / name for name in ("a.json", "a.json.gz", "lines.json"))
-    write_as("json", array, TEXTS)
+    array = write_as("json", tmp_path / "a.json", TEXTS)
+    packed, objects = tmp_path / "a.json.gz", tmp_path / "lines.json"
     packed.write_bytes(gzip.compress(array.read_bytes()))
+    objects.write_bytes(lines(TEXTS))
     advice = "a JSON array over 64 MB; give its rows as .jsonl or .parquet"
     with pytest.raises(ValueError, match=f"a.json is {advice}"):
         prepared(array, tmp_path / "out")
@@ -239,8 +236,7 @@ def test_an_array_is_read_whole_and_so_has_a_limit(tmp_path, monkeypatch):
     (bad,) = read(packed)
     assert isinstance(bad, ValueError) and advice in str(bad)
     # An object a line has no limit but the lines' own.
-    objects.write_bytes(lines(TEXTS))
-    assert [json.loads(row)["text"] for row in read(objects)] == TEXTS
+    assert b"".join(read(objects)) == lines(TEXTS)
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
@@ -261,18 +257,18 @@ def test_a_byte_order_mark_is_no_content(ending, tmp_path):
 
 
 def test_what_exists_is_no_glob(tmp_path):
-    directory = tmp_path / "corpus [v2]*?"
-    directory.mkdir()
-    (tmp_path / "corpus v").mkdir()
-    brackets, plain, other = directory / "a[1].jsonl", directory / "a1.jsonl", tmp_path / "corpus v/a1.jsonl"
-    for path in (brackets, plain, other):
-        path.touch()
+    directory, other = tmp_path / "corpus [v2]*?", tmp_path / "corpus v"
+    for path in (directory, other):
+        path.mkdir()
+        (path / "a1.jsonl").touch()
+    plain, brackets = directory / "a1.jsonl", directory / "a[1].jsonl"
+    brackets.touch()
     for pattern, expected in (
-        (f"{directory}/a[1].jsonl", [brackets]),
-        (f"{directory}/a1.jsonl", [plain]),
+        (f"{brackets}", [brackets]),
+        (f"{plain}", [plain]),
         (f"{directory}/*.jsonl", [plain, brackets]),
         (f"{directory}/**/a[[]1].jsonl", [brackets]),
-        (f"{tmp_path}/corpus [v]/*.jsonl", [other]),
+        (f"{tmp_path}/corpus [v]/*.jsonl", [other / "a1.jsonl"]),
         ((str(plain), str(brackets)), [plain, brackets]),
     ):
         assert prepare.find_files(pattern) == expected, pattern
@@ -293,9 +289,6 @@ def test_scores_filter_rows_by_a_dotted_key(tmp_path):
         assert meta["filtered"] == 150 - 1 - len(kept) and meta["bad"] == 1
     offset = sum(len(json.dumps(row)) + 1 for row in rows[:7])
     assert f"a.jsonl: byte {offset}: no number under metadata.int_score" in meta["first_bad"][0]
-
-
-# ---- what is bad
 
 
 def test_bad_lines_are_told_counted_and_skipped(tmp_path, capfd):
@@ -321,74 +314,53 @@ def test_bad_lines_are_told_counted_and_skipped(tmp_path, capfd):
         assert f"skipped {reason}" in printed
 
 
-def truncated(compress):
-    noise = random.Random(0)  # hard to compress, so that the cut is far from the start
-    texts = [noise.randbytes(500).hex() for _ in range(1000)]
-    data = compress(lines(texts))
-    return data[: len(data) * 3 // 4], texts
-
-
-def damaged_parquet(path, texts, flip=False):
-    """Three row groups, of which the second has what is no text, or a byte that its checksum tells."""
+def parquet_of(path, texts, flip=False):
+    """Bytes of three row groups, of which the second has, by flip, a byte that its checksum tells."""
     table = pa.table({"text": pa.array(texts).view(pa.string())})
     pq.write_table(table, path, row_group_size=50, use_dictionary=False, write_page_checksum=True)
     data = bytearray(path.read_bytes())
     column = pq.ParquetFile(path).metadata.row_group(1).column(0)
     data[column.data_page_offset + column.total_compressed_size // 2] ^= 255 * flip
-    return bytes(data), TEXTS[:50] + TEXTS[100:]
+    return bytes(data)
 
 
-def bad_file(kind, path):
-    """(name, bytes, the texts that can be read, what is told)."""
+def test_what_a_damaged_file_still_has_is_kept(tmp_path):
+    noise = random.Random(0)  # hard to compress, so that the cut is far from the start
+    long = [noise.randbytes(500).hex() for _ in range(1000)]
+    packed, zstd = gzip.compress(lines(long)), zstandard.compress(lines(long))
+    packed, zstd = packed[: len(packed) * 3 // 4], zstd[: len(zstd) * 3 // 4]
     texts = [text.encode() for text in TEXTS]
+    latin = [*texts[:69], b"caf\xe9", *texts[70:]]
     rows = [{"text": text} for text in TEXTS]
-    if kind == "gzip":
-        return "bad.jsonl.gz", *truncated(gzip.compress), "unreadable behind byte N: Compressed file ended"
-    if kind == "zstd":
-        return "bad.jsonl.zst", *truncated(zstandard.compress), "unreadable behind byte N: Truncated"
-    if kind == "row group":
-        return "bad.parquet", *damaged_parquet(path, texts, flip=True), "unreadable behind row group 1: "
-    if kind == "parquet text":
-        texts[69] = b"caf\xe9"
-        words = "unreadable behind row group 1: 'utf-8' codec"
-        return "bad.parquet", *damaged_parquet(path, texts), words
-    if kind == "array":
-        return "bad.json", json.dumps(rows)[:-9].encode(), [], "unreadable behind its start: "
-    if kind == "null in array":
-        rows[3] = {"text": None}
-        return "bad.json", json.dumps(rows).encode(), TEXTS[:3] + TEXTS[4:], "row 4: no text under text"
-    if kind == "string in array":
-        rows[3] = TEXTS[3]
-        return "bad.json", json.dumps(rows).encode(), TEXTS[:3] + TEXTS[4:], "row 4: not a JSON object"
-    words = "byte 0: 'utf-8' codec can't decode byte 0xe9 in position 11"
-    return "bad.txt", b"one\ntwo\ncaf\xe9\n", [], words
-
-
-@pytest.mark.parametrize(
-    "kind", ["gzip", "zstd", "row group", "parquet text", "array", "null in array", "string in array", "text"]
-)
-def test_what_a_damaged_file_still_has_is_kept(kind, tmp_path):
-    name, data, good, words = bad_file(kind, tmp_path / "made")
-    (tmp_path / name).write_bytes(data)
+    null, string = (json.dumps([*rows[:3], row, *rows[4:]]).encode() for row in ({"text": None}, "text"))
+    two_groups, but_one = TEXTS[:50] + TEXTS[100:], TEXTS[:3] + TEXTS[4:]
+    in_group, made = "unreadable behind row group 1: ", tmp_path / "made"
     write_as("jsonl", tmp_path / "good.jsonl", ["the next file"])
-    meta = prepared([f"{tmp_path}/{name}", f"{tmp_path}/good.jsonl"], tmp_path / "out")
-    found = texts_of(tmp_path / "out")
-    if kind in ("gzip", "zstd"):  # every line that is whole in what is left of the file
-        assert 500 < len(found) - 1 < 900
-        good = good[: len(found) - 1]
-    assert found == [*good, "the next file"]
-    assert meta["bad"] == len(meta["first_bad"]) == 1
-    told = re.sub(r"behind byte \d+", "behind byte N", meta["first_bad"][0])
-    assert told.startswith(f"{tmp_path}/{name}: {words}")
+    for name, data, good, words in (
+        ("a.jsonl.gz", packed, long, "unreadable behind byte N: Compressed file ended"),
+        ("b.jsonl.zst", zstd, long, "unreadable behind byte N: Truncated"),
+        ("c.parquet", parquet_of(made, texts, flip=True), two_groups, f"{in_group}could not verify"),
+        ("d.parquet", parquet_of(made, latin), two_groups, f"{in_group}'utf-8' codec"),
+        ("e.json", json.dumps(rows)[:-9].encode(), [], "unreadable behind its start: "),
+        ("f.json", null, but_one, "row 4: no text under text"),
+        ("g.json", string, but_one, "row 4: not a JSON object"),
+        ("h.txt", b"one\ntwo\ncaf\xe9\n", [], "byte 0: 'utf-8' codec can't decode byte 0xe9 in position 11"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        meta = prepared((f"{tmp_path}/{name}", f"{tmp_path}/good.jsonl"), tmp_path / name[0])
+        *found, last = texts_of(tmp_path / name[0])
+        if good is long:  # every line that is whole in what is left of the file
+            assert 500 < len(found) < 900
+            good = good[: len(found)]
+        assert (found, last) == (good, "the next file"), name
+        assert meta["bad"] == len(meta["first_bad"]) == 1
+        told = re.sub(r"behind byte \d+", "behind byte N", meta["first_bad"][0])
+        assert told.startswith(f"{tmp_path}/{name}: {words}")
 
 
 def test_an_error_of_the_disk_is_no_damage(source, monkeypatch):
     """It ends the run, which would otherwise leave out what can be read the next time."""
-
-    def fail(*_):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(prepare, "read_rows", fail)
+    monkeypatch.setattr(prepare, "read_rows", Mock(side_effect=OSError(5, "Input/output error")))
     with pytest.raises(OSError, match="Input/output error"):
         read(source)
 
@@ -404,40 +376,22 @@ def test_more_than_max_bad_stops_and_a_higher_limit_goes_on(tmp_path):
         wrong = f"more than max_bad = {limit}, the last .*a.jsonl: byte {offset}: not JSON"
         with pytest.raises(ValueError, match=wrong):
             prepared(tmp_path / "a.jsonl", tmp_path / "out", max_bad=limit)
-        done = {file.stem.split("_")[1] for file in (tmp_path / "out.partial").glob("unit_*.json")}
-        files = [file for file in (tmp_path / "out.partial/shards").glob("*.npy") if file.stem[-5:] in done]
-        now = {file.name: file.stat().st_mtime_ns for file in files}
+        done = [file.stem.split("_")[1] for file in (tmp_path / "out.partial").glob("unit_*.json")]
+        now = {}
+        for number in done:
+            for file in (tmp_path / "out.partial/shards").glob(f"*_{number}.npy"):
+                now[file.name] = file.stat().st_mtime_ns
         assert made.items() <= now.items() and len(now) >= len(made)
         made = now
-    # Of the units that nobody waits for, nothing is printed.
-    options = ("--unit_bytes=500", "--num_workers=2", "--max_bad=0")
-    done = run("prepare.py", f"--input={tmp_path}/a.jsonl", f"--out={tmp_path}/told", *options)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert prepared(tmp_path / "a.jsonl", tmp_path / "out", max_bad=3)["bad"] == 3
     now = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.npy")}
     assert len(made) > 10 and made.items() < now.items()
     prepared(tmp_path / "a.jsonl", tmp_path / "straight")
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
-
-
-REFUSED = [
-    ({"input": "/nowhere/*.jsonl"}, "/nowhere/*.jsonl matches no file"),
-    ({"input": (1, 2)}, "input has 1 in it, which is no file or glob"),
-    ({"input": ()}, "the input holds no text to train on: 0 files"),
-    ({"input": f"{ROOT}/README.md"}, "README.md: input must be .parquet, or .txt .py .jsonl .json"),
-    ({"input": "HERE/bad.parquet"}, "bad.parquet is not Parquet: "),
-    ({"input": "HERE/a.parquet", "text_key": "body"}, "no column body, messages or conversations"),
-    ({"input": "HERE/a.*", "min_score": 1.0}, "a.txt is plain text: it has no scores"),
-    ({"input": "HERE/a.*", "sft": True}, "a.txt is plain text: it has no chats"),
-    ({"input": "HERE/blank.jsonl", "sft": True}, "has no chat template"),
-    ({"num_workers": -1}, "num_workers is -1; it must be at least 0"),
-    ({"seq_len": 1}, "seq_len is 1; it must be at least 2"),
-    ({"heldout_fraction": 1.0}, "must be from 0 to below 1"),
-    ({"tokenizer": "/nowhere"}, "/nowhere/tokenizer.json is no tokenizer.json of a Hugging Face directory"),
-    ({"input": "HERE/empty.txt"}, "the input holds no text to train on: 1 files"),
-    ({"input": "HERE/empty.json"}, "the input holds no text to train on: 1 files"),
-    ({"input": "HERE/blank.jsonl"}, "the input holds no text to train on: 1 files"),
-]
+    # Of the units that nobody waits for, nothing is printed.
+    options = ("--unit_bytes=500", "--num_workers=2", "--max_bad=0")
+    done = run("prepare.py", f"--input={tmp_path}/a.jsonl", f"--out={tmp_path}/told", *options)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_refusals_are_one_line_and_leave_nothing(tmp_path, monkeypatch):
@@ -446,12 +400,27 @@ def test_refusals_are_one_line_and_leave_nothing(tmp_path, monkeypatch):
     write_as("parquet", tmp_path / "a.parquet", TEXTS)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 but no more than that")
     before = set(tmp_path.iterdir())
-    for options, words in REFUSED:
-        options = {"input": "HERE/a.txt", **options}
-        if isinstance(options["input"], str):
-            options["input"] = options["input"].replace("HERE", str(tmp_path))
+    here, no_text = str(tmp_path), "the input holds no text to train on: "
+    for input, options, words in (
+        ("/nowhere/*.jsonl", {}, "/nowhere/*.jsonl matches no file"),
+        ((1, 2), {}, "input has 1 in it, which is no file or glob"),
+        ((), {}, f"{no_text}0 files"),
+        (f"{here}/empty.txt", {}, f"{no_text}1 files"),
+        (f"{here}/empty.json", {}, f"{no_text}1 files"),
+        (f"{here}/blank.jsonl", {}, f"{no_text}1 files"),
+        (f"{here}/blank.jsonl", {"sft": True}, "has no chat template"),
+        (f"{ROOT}/README.md", {}, "README.md: input must be .parquet, or .txt .py .jsonl .json"),
+        (f"{here}/bad.parquet", {}, "bad.parquet is not Parquet: "),
+        (f"{here}/a.parquet", {"text_key": "body"}, "no column body, messages or conversations"),
+        (f"{here}/a.*", {"min_score": 1.0}, "a.txt is plain text: it has no scores"),
+        (f"{here}/a.*", {"sft": True}, "a.txt is plain text: it has no chats"),
+        (f"{here}/a.txt", {"num_workers": -1}, "num_workers is -1; it must be at least 0"),
+        (f"{here}/a.txt", {"seq_len": 1}, "seq_len is 1; it must be at least 2"),
+        (f"{here}/a.txt", {"heldout_fraction": 1.0}, "must be from 0 to below 1"),
+        (f"{here}/a.txt", {"tokenizer": "/nowhere"}, "/nowhere/tokenizer.json is no tokenizer.json of a"),
+    ):
         with pytest.raises(ValueError, match=re.escape(words)) as refusal:
-            prepared(out=tmp_path / "out", **options)
+            prepared(input, tmp_path / "out", **options)
         assert "\n" not in str(refusal.value)
         assert set(tmp_path.iterdir()) == before  # neither out nor out.partial
     for arguments in ([f"--input={tmp_path}/empty.txt", f"--out={tmp_path}/out"], [f"--inspect={tmp_path}"]):
@@ -465,47 +434,39 @@ def test_refusals_are_one_line_and_leave_nothing(tmp_path, monkeypatch):
                 prepared(tmp_path / f"b.{kind}", tmp_path / "out")
 
 
-# ---- killed and gone on with
-
-
 def test_killed_at_ten_moments_ends_with_the_same_bytes(tmp_path):
     texts = [text * 10 for text in TEXTS]
     files = [write_as(kind, tmp_path / f"data.{kind}", texts) for kind in ("jsonl.gz", "json", "parquet")]
     files.append(tmp_path / "data.jsonl")
     files[-1].write_bytes(lines(texts[:70]) + b"bad\n" + lines(texts[70:]))
-    files = list(map(str, files))
-    fork = multiprocessing.get_context("fork")
 
-    def start(out):
-        """A run that has begun to work, in a process group of its own."""
+    def start(out, units=None):
+        """A run in a process group of its own: at its end, or killed when so many units are done."""
 
         def work():
             os.setsid()
-            prepared(files, out, heldout_fraction=0.2, unit_bytes=20_000, num_workers=2)
+            prepared([*map(str, files)], out, heldout_fraction=0.2, unit_bytes=20_000, num_workers=2)
 
-        process = fork.Process(target=work)
+        process = multiprocessing.get_context("fork").Process(target=work)
         process.start()
-        while not (Path(f"{out}.partial") / "settings.json").exists() and process.is_alive():
+        begun = Path(f"{out}.partial/settings.json")
+        # A moment by the clock depends on the machine's load.
+        while units is not None and process.is_alive():
+            if begun.exists() and len(list(begun.parent.glob("unit_*.json"))) >= units:
+                process.kill()
             time.sleep(0.002)
+        process.join()
         return process
 
-    straight = start(tmp_path / "straight")
-    straight.join()
+    assert start(tmp_path / "straight").exitcode == 0
     expected = contents(tmp_path / "straight")
-    assert straight.exitcode == 0 and len(expected) > 20
+    assert len(expected) > 20
     units, gone_on = 29, 0
-    for i in range(10):
+    for i in range(10):  # from the first unit to the joining of all
         out = tmp_path / f"out{i}"
-        process = start(out)
-        # from the first unit to the joining of all; a moment by the clock depends on the machine's load
-        while len(list(Path(f"{out}.partial").glob("unit_*.json"))) < i * units // 9 and process.is_alive():
-            time.sleep(0.002)
-        process.kill()
-        process.join()
+        process = start(out, i * units // 9)
         gone_on += bool(list(Path(f"{out}.partial").glob("unit_*.json")))
-        again = start(out)
-        again.join()
-        assert again.exitcode == 0 and contents(out) == expected
+        assert start(out).exitcode == 0 and contents(out) == expected
         with pytest.raises(ProcessLookupError):  # its workers have noticed
             for _ in range(100):
                 os.killpg(process.pid, signal.SIG_DFL)
@@ -513,51 +474,50 @@ def test_killed_at_ten_moments_ends_with_the_same_bytes(tmp_path):
     assert gone_on >= 3
 
 
-def test_going_on_with_other_settings_or_input_is_refused(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(lines([*TEXTS, "last"]) + b"bad\n")
+def test_going_on_with_other_settings_or_input_is_refused(tmp_path, capsys):
+    """And so it is where all is done; the same settings are then told to have been there."""
+    path, out = tmp_path / "a.jsonl", tmp_path / "out"
+    whole = lines([*TEXTS, "last"]) + b"bad\n"
+    path.write_bytes(whole)
+    made = path.stat().st_mtime_ns
     with pytest.raises(ValueError, match="more than max_bad"):
-        prepared(path, tmp_path / "out", max_bad=0)
+        prepared(path, out, max_bad=0)
     shutil.copytree(BUNDLED, tmp_path / "tokenizer")
     (tmp_path / "tokenizer/tokenizer_config.json").write_text("{}")
-    before = contents(tmp_path / "out.partial")
-    for options in (
-        {"heldout_fraction": 0.5}, {"unit_bytes": 5000}, {"text_key": "body"}, {"min_score": 1.0},
-        {"special_tokens": True}, {"tokenizer": tmp_path / "tokenizer"},
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=f"out.partial was begun with {next(iter(options))} = "):
-            prepared(path, tmp_path / "out", **options)
-    data = path.read_bytes()
-    for changed in (data + lines(["more"]), data.replace(b'"last"', b'"tsal"')):
+    begun = contents(tmp_path / "out.partial")
+    for name, value in {
+        "heldout_fraction": 0.5, "unit_bytes": 5000, "text_key": "body", "min_score": 1.0,
+        "special_tokens": True, "tokenizer": tmp_path / "tokenizer",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"out.partial was begun with {name} = "):
+            prepared(path, out, **{name: value})
+    for changed in (whole + lines(["more"]), whole.replace(b'"last"', b'"tsal"')):
         path.write_bytes(changed)
         with pytest.raises(ValueError, match="was begun with input_files = "):
-            prepared(path, tmp_path / "out")
-    assert contents(tmp_path / "out.partial") == before
+            prepared(path, out)
+    assert contents(tmp_path / "out.partial") == begun
 
-
-def test_what_is_there_is_said_and_other_settings_are_refused(source, tmp_path, capsys):
-    prepared(source, tmp_path / "out")
-    before = contents(tmp_path / "out")
-    prepared(source, tmp_path / "out", num_workers=2, max_bad=7)
+    path.write_bytes(whole)
+    os.utime(path, ns=(made, made))
+    prepared(path, out)
+    done = contents(out)
+    prepared(path, out, num_workers=2, max_bad=7)
     told = capsys.readouterr().out.splitlines()[-1]
-    assert told == f"{tmp_path}/out is there already, made with the same settings"
+    assert told == f"{out} is there already, made with the same settings"
     with pytest.raises(ValueError, match=r"/out was begun with heldout_fraction = 0, not 0.5; remove it"):
-        prepared(source, tmp_path / "out", heldout_fraction=0.5)
+        prepared(path, out, heldout_fraction=0.5)
     (tmp_path / "else").mkdir()
     with pytest.raises(ValueError, match="else exists and is no shard directory"):
-        prepared(source, tmp_path / "else")
-    assert contents(tmp_path / "out") == before and not list((tmp_path / "else").iterdir())
+        prepared(path, tmp_path / "else")
+    assert contents(out) == done and not list((tmp_path / "else").iterdir())
 
 
-def test_nothing_held_out_is_said(source, tmp_path, capsys):
+def test_nothing_held_out_is_said(tmp_path, capsys):
     (tmp_path / "one.txt").write_text("\n".join(TEXTS))
     words = "nothing is held out of 1 documents, so train.py cannot evaluate"
-    for path, fraction, said_so in (
-        (tmp_path / "one.txt", 0.02, True), (tmp_path / "one.txt", 0, False), (source, 0.2, False),
-    ):  # fmt: skip
-        prepared(path, tmp_path / "out", heldout_fraction=fraction)
-        assert (words in capsys.readouterr().out) == said_so
-        shutil.rmtree(tmp_path / "out")
+    for fraction, is_said in ((0.02, True), (0, False)):
+        prepared(tmp_path / "one.txt", tmp_path / str(fraction), heldout_fraction=fraction)
+        assert (words in capsys.readouterr().out) == is_said
 
 
 def test_killed_before_the_last_rename_and_after_it(source, tmp_path, monkeypatch):
@@ -584,8 +544,6 @@ def test_two_writers_are_refused(source, tmp_path):
     prepared(source, tmp_path / "out")
 
 
-# ---- chats
-
 LLAMA3 = """{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif -%}
 <|start_header_id|>{{ m['role'] }}<|end_header_id|>
 
@@ -594,25 +552,13 @@ LLAMA3 = """{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif -%
 QWEN = """{%- if messages[0].role != 'system' %}
     {{- '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}
 {%- endif %}
-{%- set last = namespace(query=0) %}
-{%- for m in messages %}
-    {%- if m.role == 'user' %}
-        {%- set last.query = loop.index0 %}
-    {%- endif %}
-{%- endfor %}
 {%- for m in messages %}
     {{- '<|im_start|>' + m.role + '\\n' }}
-    {%- if m.role == 'assistant' %}
-        {%- set parts = m.content.split('</think>') %}
-        {%- if loop.index0 > last.query %}
-            {%- set thought = parts[0].split('<think>')[-1].strip('\\n') if parts | length > 1 else '' %}
-            {{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}
-        {%- endif %}
-        {{- parts[-1].lstrip('\\n') if parts | length > 1 else m.content }}
-    {%- else %}
-        {{- m.content }}
+    {%- set thought, mark, answer = m.content.rpartition('</think>') %}
+    {%- if m.role == 'assistant' and loop.last %}
+        {{- '<think>\\n' + thought.split('<think>')[-1].strip('\\n') + '\\n</think>\\n\\n' }}
     {%- endif %}
-    {{- '<|im_end|>\\n' }}
+    {{- (answer.lstrip('\\n') if mark else answer) + '<|im_end|>\\n' }}
 {%- endfor %}"""
 SMOLLM2 = """{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system
 You are SmolLM.<|im_end|>
@@ -625,10 +571,8 @@ FAMILIES = {
     "qwen": (QWEN, None, "<|im_end|>"),
     "smollm2": (SMOLLM2, "<|im_start|>", "<|im_end|>"),
 }
-SPECIAL = [
-    "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>",
-    "<|im_end|>",
-]  # fmt: skip
+NAMES = ("begin_of_text", "start_header_id", "end_header_id", "eot_id", "im_start", "im_end")
+SPECIAL = [f"<|{name}|>" for name in NAMES]
 CHATS = [
     [("user", "What is 1 + 1?"), ("assistant", "It is 2.")],
     [("system", "Brief!"), ("user", "Hi"), ("assistant", "Hello"), ("user", "🙂"), ("assistant", "日\n\n本")],
@@ -658,11 +602,9 @@ def chat_tokenizer(path, family="llama3", template=None):
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     path.mkdir()
     tokenizer.save(str(path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
-    if bos:
-        config["bos_token"] = bos
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
     if family == "smollm2":
-        (path / "chat_template.jinja").write_text(template or family_template)
+        (path / "chat_template.jinja").write_text(family_template)
     else:
         config["chat_template"] = template or family_template
     (path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -773,18 +715,15 @@ def test_a_tokenizer_that_puts_a_space_first(family, tmp_path, monkeypatch):
 
 
 def test_sft_rows_are_cut_at_seq_len_and_stay_in_one_shard(source, tmp_path):
-    tokenizer = chat_tokenizer(tmp_path / "tokenizer")
+    chat_tokenizer(tmp_path / "tokenizer")
     never = [[("user", "long " * 200), ("assistant", "no")], [("user", "nobody answers")]]
-    chats = write_rows(tmp_path / "chats.jsonl", rows_of([*CHATS, *never] * 5))
+    chats = write_rows(tmp_path / "a.jsonl", [*rows_of([*CHATS, *never] * 5), {"text": "no chat"}])
     options = {"tokenizer": tmp_path / "tokenizer", "sft": True, "unit_bytes": 2000}
     meta = prepared(chats, tmp_path / "cut", seq_len=30, **options)
-    assert meta["filtered"] == 10 and meta["bad"] == 0 and len(meta["splits"]["tokens"]) > 5
+    assert meta["filtered"] == 10 and meta["bad"] == 1 and len(meta["splits"]["tokens"]) > 5
     whole = encoded(tmp_path / "tokenizer", rows_of(CHATS), sft=True)
     rows, masks = (documents_of(tmp_path / "cut", column) for column in ("tokens", "mask"))
-    assert len(rows) == 25
-    for i, (tokens, mask) in enumerate(zip(rows, masks, strict=True)):
-        whole_tokens, whole_mask = whole[i % 5]
-        assert len(tokens) == min(30, len(whole_tokens)) and mask.any()
+    for tokens, mask, (whole_tokens, whole_mask) in zip(rows, masks, whole * 5, strict=True):
         assert np.array_equal(tokens, whole_tokens[:30]) and np.array_equal(mask, whole_mask[:30])
 
     mixture = Mixture({tmp_path / "cut": None}, "tokens", 0, seed=3, sft=True)
@@ -792,12 +731,12 @@ def test_sft_rows_are_cut_at_seq_len_and_stay_in_one_shard(source, tmp_path):
     batch = mixture.batch(4, 6)
     assert batch.ids.shape == batch.labels.shape == batch.documents.shape == (6, 128)
     assert not batch.documents.any() and batch.source.tolist() == [0] * 6
-    for row, i in enumerate(range(4, 10)):
+    for ids, labels, i in zip(batch.ids, batch.labels, range(4, 10), strict=True):
         block = mixture.place(i)[1]
-        labels = np.where(masks[block] == 1, rows[block].astype(int), -100)[1:].tolist()
-        padding = 128 - len(labels)
-        assert batch.labels[row].tolist() == labels + [-100] * padding
-        assert batch.ids[row].tolist() == rows[block][:-1].tolist() + [0] * padding
+        trained = np.where(masks[block] == 1, rows[block].astype(int), -100)[1:]
+        padding = 128 - len(trained)
+        assert labels.tolist() == trained.tolist() + [-100] * padding
+        assert ids.tolist() == rows[block][:-1].tolist() + [0] * padding
     assert mixture.count_labels(4, 6) == (batch.labels != -100).sum()
     long = write_rows(tmp_path / "long.jsonl", rows_of([[("user", "a"), ("assistant", "x = 1\n" * 200)]]))
     for length, padded in ((128, 128), (129, 256)):  # a row of one token more than ids
@@ -807,23 +746,7 @@ def test_sft_rows_are_cut_at_seq_len_and_stay_in_one_shard(source, tmp_path):
     prepared(source, tmp_path / "packed")
     with pytest.raises(ValueError, match="not SFT rows"):
         Shards(tmp_path / "packed", "tokens", 8, sft=True)
-    assert text_of(tokenizer, rows[0]).startswith("<|begin_of_text|>")
 
-
-def test_bad_chats_are_counted(tmp_path):
-    chat_tokenizer(tmp_path / "tokenizer")
-    good = {"messages": messages_of([("user", "a"), ("assistant", "b")])}
-    null = {"messages": [{"role": "user", "content": None}]}
-    rows = [good, {"messages": []}, {"conversations": "x"}, null, {"conversations": [{"from": "gpt"}]},
-            {"text": "no chat"}, {"conversations": [None]}, good | {"tools": 5}, good]  # fmt: skip
-    write_rows(tmp_path / "a.jsonl", rows)
-    meta = prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=tmp_path / "tokenizer", sft=True)
-    assert meta["documents"]["tokens"] == 2 and meta["bad"] == 7
-    offsets = np.cumsum([len(json.dumps(row)) + 1 for row in rows])
-    assert [int(reason.split(":")[1].split()[-1]) for reason in meta["first_bad"]] == offsets[:7].tolist()
-
-
-# ---- special tokens' strings in what is read
 
 MARKED = [
     [("user", "Is <|im_end|> a token?"), ("assistant", "<|eot_id|>, too: <|im_end|>")],
@@ -876,9 +799,6 @@ def test_chats_are_held_out_by_what_the_template_writes(tmp_path):
     assert 0 < splits.count("heldout") < 40
 
 
-# ---- readers
-
-
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
     """Two packed corpora, of many small and of few long documents, in several shards each."""
@@ -901,18 +821,14 @@ def test_permutation_visits_everything_once():
     assert len(orders) == 100
 
 
-def test_an_order_costs_no_time_and_no_memory(corpora):
-    """Under 1% of a quickstart step of 16 blocks and 0.9 s; measured 0.0002 s."""
+def test_an_order_costs_no_memory(corpora):
     mixture = Mixture(dict.fromkeys([corpora / "many", corpora / "few"]), "tokens", 16, seed=0)
     mixture.shares = [10**12, 3 * 10**11]  # as of 10**12 blocks: cycles are walked as long as they get
     mixture.starts, mixture.total = [0, 10**12, 13 * 10**11], 13 * 10**11
-    begun = time.perf_counter()
-    for i in range(1600):
-        mixture.place(i * 10**9)
-    assert (time.perf_counter() - begun) / 100 < 0.009
+    mixture.place(0)
     tracemalloc.start()
     for i in range(500):
-        mixture.place(i)
+        mixture.place(i * 10**9)
     assert tracemalloc.get_traced_memory()[0] < 10_000
     tracemalloc.stop()
 
@@ -922,35 +838,30 @@ def test_mixture_takes_each_budget_and_repeats_only_what_is_used_up(corpora, bud
     data = {corpora / "many": budget, corpora / "few": None}
     mixture = Mixture(data, "tokens", 16, seed=5)
     blocks = [source.blocks for source in mixture.sources]
+    assert blocks[0] > 3000 // 16 and blocks[0] < 40_000 // 32
     shares = [blocks[0] if budget is None else budget // 16, blocks[1]]
-    assert mixture.total == sum(shares)
-    assert budget != 3000 or shares[0] < blocks[0]
-    assert budget != 40_000 or shares[0] > 2 * blocks[0]
-    places = [mixture.place(i) for i in range(2 * mixture.total)]
+    total = mixture.total
+    assert total == sum(shares)
+    places = [mixture.place(i) for i in range(2 * total)]
+    orders = [[source for source, _ in part] for part in (places[:total], places[total:])]
     for source in range(2):
-        seen = [block for s, block in places if s == source]
-        assert len(seen) == 2 * shares[source]
-        for epoch in (0, 1):  # the budget is met exactly in each
-            part = places[epoch * mixture.total : (epoch + 1) * mixture.total]
-            assert sum(s == source for s, _ in part) == shares[source]
-        times = np.bincount(seen, minlength=blocks[source])
+        assert [order.count(source) for order in orders] == [shares[source]] * 2  # in each epoch exactly
+        times = np.bincount([block for s, block in places if s == source], minlength=blocks[source])
         assert times.max() - times.min() <= 1  # over the epochs too, none comes again before all have come
-    orders = [[source for source, _ in places[i : i + mixture.total]] for i in (0, mixture.total)]
     assert orders[0] != orders[1]
-    first = sum(source == 0 for source, _ in places[: mixture.total // 2])
-    p = shares[0] / mixture.total  # the sources are shuffled together: within five standard deviations
-    assert abs(first - shares[0] / 2) < 5 * (mixture.total * p * (1 - p) / 4) ** 0.5
+    first = orders[0][: total // 2].count(0)
+    p = shares[0] / total  # the sources are shuffled together: within five standard deviations
+    assert abs(first - shares[0] / 2) < 5 * (total * p * (1 - p) / 4) ** 0.5
     batch = mixture.batch(7, 5)
-    assert batch.source.tolist() == [source for source, _ in places[7:12]]
+    assert batch.source.tolist() == orders[0][7:12]
     assert all(array.dtype == np.int64 for array in batch)
-    for row, i in enumerate(range(7, 12)):
-        name, block = ("many", "few")[places[i][0]], places[i][1]
-        for tokens in arrays_of(corpora / name, "tokens"):
+    for ids, labels, (source, block) in zip(batch.ids, batch.labels, places[7:12], strict=True):
+        for tokens in arrays_of(corpora / ("many", "few")[source], "tokens"):
             if block < (len(tokens) - 1) // 16:
                 break
             block -= (len(tokens) - 1) // 16
-        assert batch.ids[row].tolist() == tokens[block * 16 : block * 16 + 16].tolist()
-        assert batch.labels[row].tolist() == tokens[block * 16 + 1 : block * 16 + 17].tolist()
+        assert [*ids, labels[-1]] == tokens[block * 16 : block * 16 + 17].tolist()
+        assert labels[:-1].tolist() == ids[1:].tolist()
     assert mixture.count_labels(7, 5) == 5 * 16
     other = Mixture(data, "tokens", 16, seed=6)
     assert [other.place(i) for i in range(50)] != places[:50]
@@ -977,12 +888,11 @@ def test_documents_tell_where_each_token_belongs(corpora):
 def test_more_shards_than_a_process_may_open(corpora, tmp_path):
     """As of FineWeb-Edu's thousands and 1024 open files; and a document can go on in the next shard, as
     prepare.py wrote them before work units."""
-    tokens = np.arange(1, 6001, dtype=np.uint16)
     entries = []
-    for number, part in enumerate(np.split(tokens, 200)):
-        np.save(tmp_path / f"tokens_{number:05d}.npy", part)
+    for number, tokens in enumerate(np.split(np.arange(1, 6001, dtype=np.uint16), 200)):
         ends = np.array([[10, 25], [15]][number % 2])
-        np.save(tmp_path / f"ends_{number:05d}.npy", ends)
+        for column, values in (("tokens", tokens), ("ends", ends)):
+            np.save(tmp_path / f"{column}_{number:05d}.npy", values)
         name = f"tokens_{number:05d}.npy"
         entries.append({"file": name, "tokens": 30, "documents": len(ends), "sha256": {}})
     meta = json.loads((corpora / "many/meta.json").read_text())
@@ -998,53 +908,43 @@ def test_more_shards_than_a_process_may_open(corpora, tmp_path):
     assert mixture.total == 600
     assert np.array_equal(batch.ids, batch.ids[:, :1] + np.arange(8))
     assert np.array_equal(batch.labels, batch.ids + 1)
-    ends = [10, 25, 45]  # in every 60 tokens
-    begun = np.isin(batch.ids[:, 1:] % 60, [end + 1 for end in ends])
+    begun = np.isin(batch.ids[:, 1:] % 60, [11, 26, 46])  # behind the ends in every 60 tokens
     assert np.array_equal(np.diff(batch.documents, axis=1) == 1, begun)
 
 
 def test_a_damaged_directory_is_named(corpora, tmp_path):
-    shutil.copytree(corpora / "many", tmp_path / "many")
-    done = run("prepare.py", f"--inspect={tmp_path}/many")
+    path = tmp_path / "many"
+    shutil.copytree(corpora / "many", path)
+    done = run("prepare.py", f"--inspect={path}")
     assert done.returncode == 0, done.stderr
     for words in ("150 documents", f"{corpora}/many.jsonl", "def f(x)"):
         assert words in done.stdout
-    for i, name in enumerate(("tokens_00001.npy", "ends_00000.npy")):
-        shutil.copytree(corpora / "many", tmp_path / str(i))
-        file = tmp_path / str(i) / name
-        data = bytearray(file.read_bytes())
-        data[-3] ^= 1
-        file.write_bytes(data)
-        with pytest.raises(ValueError, match=f"^{file} is missing or damaged"):
-            prepare.describe(tmp_path / str(i))
-        file.write_bytes(data[:-2])
+    for name in ("tokens_00001.npy", "ends_00000.npy"):
+        whole = (path / name).read_bytes()
+        (path / name).write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+        with pytest.raises(ValueError, match=f"^{path / name} is missing or damaged"):
+            prepare.describe(path)
+        (path / name).write_bytes(whole[:-2])
         with pytest.raises(ValueError, match=f"{name} is truncated"):
-            Shards(tmp_path / str(i), "tokens", 16)
-    length = len(arrays_of(corpora / "many", "tokens")[0])
-    np.save(tmp_path / "many/tokens_00000.npy", np.zeros(1999, np.uint16))
+            Shards(path, "tokens", 16)
+        (path / name).write_bytes(whole)
+        prepare.map_array.cache_clear()
+    length = len(arrays_of(path, "tokens")[0])
+    np.save(path / "tokens_00000.npy", np.zeros(1999, np.uint16))
     wrong = rf"tokens_00000.npy holds \(1999,\) uint16; meta.json says \({length},\)"
     with pytest.raises(ValueError, match=wrong):
-        Shards(tmp_path / "many", "tokens", 16)
+        Shards(path, "tokens", 16)
     with pytest.raises(ValueError, match="not one block of seq_len 16"):
         Shards(corpora / "many", "heldout", 16)
-    meta = json.loads((tmp_path / "many/meta.json").read_text())
-    (tmp_path / "many/meta.json").write_text(json.dumps(meta | {"format": 1}))
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps(meta | {"format": 1}))
     with pytest.raises(ValueError, match="has shard format 1, not 2: prepare it again"):
-        Shards(tmp_path / "many", "tokens", 16)
+        Shards(path, "tokens", 16)
 
 
-# ---- tools, null fields, and what else a row's chat can have
-
-TOOLS = [
-    {
-        "type": "function",
-        "function": {"name": "count", "parameters": {"default": None, "note": "<|im_end|>é"}},
-    }
-]
-CALL = {
-    "type": "function",
-    "function": {"name": "count", "arguments": {"of": "items", "unit": "<|im_start|>"}},
-}
+TOOL = {"name": "count", "parameters": {"default": None, "note": "<|im_end|>é"}}
+TOOLS = [{"type": "function", "function": TOOL}]
+CALL = {"name": "count", "arguments": {"of": "items", "unit": "<|im_start|>"}}
 CALLS = {
     # A turn's calls stand behind what it says, in text; Qwen's way.
     "behind the content": (
@@ -1073,19 +973,16 @@ CALLS = {
     ),
 }  # fmt: skip
 SAID = {
-    "behind the content": [
-        f"<call>{json.dumps(CALL['function'], indent=1)}</call><|im_end|>",
-        "seven<|im_end|>",
-    ],
-    "in place of the content": ["<|begin_of_text|>count<|im_end|>", "seven<|eot_id|>"],
-    "without a header": ["<|im_start|>" + json.dumps(CALL) + "<|eot_id|>", "seven<|eot_id|>"],
-}  # fmt: skip
+    "behind the content": f"<call>{json.dumps(CALL, indent=1)}</call><|im_end|>seven<|im_end|>",
+    "in place of the content": "<|begin_of_text|>count<|im_end|>seven<|eot_id|>",
+    "without a header": "<|im_start|>"
+    + json.dumps({"type": "function", "function": CALL})
+    + "<|eot_id|>seven<|eot_id|>",
+}
 
 
 def rows_with_calls(arguments=None):
-    call = copy.deepcopy(CALL)
-    if arguments is not None:
-        call["function"]["arguments"] = arguments
+    call = {"type": "function", "function": CALL if arguments is None else CALL | {"arguments": arguments}}
     chat = [
         {"role": "user", "content": "count them"},
         {"role": "assistant", "tool_calls": [call]},
@@ -1107,7 +1004,7 @@ def test_tool_calls_are_trained_on_and_what_tools_say_is_not(kind, tmp_path):
     plain = oracle.apply_chat_template(rows_with_calls({})[0]["messages"], tools=[], tokenize=False)
     marks = ["<|im_start|>", "<|im_end|>"] * ("behind" in kind) + re.findall(r"<\|\w+\|>", plain)
     for tokens, mask in found:
-        assert text_of(tokenizer, tokens[mask == 1]) == "".join(SAID[kind])
+        assert text_of(tokenizer, tokens[mask == 1]) == SAID[kind]
         # What a tool or a call spells out is no special token.
         assert [name for name in map(tokenizer.id_to_token, tokens) if name in SPECIAL] == marks
     # The text is as transformers renders it where nothing is trained on, too.
@@ -1117,7 +1014,7 @@ def test_tool_calls_are_trained_on_and_what_tools_say_is_not(kind, tmp_path):
 def test_tools_and_arguments_can_be_json_text(tmp_path):
     tokenizer = chat_tokenizer(tmp_path / "tokenizer", template=CALLS["behind the content"])
     rows = [row | {"tools": json.dumps(TOOLS)} for row in rows_with_calls()]
-    rows += rows_with_calls(json.dumps(CALL["function"]["arguments"]))
+    rows += rows_with_calls(json.dumps(CALL["arguments"]))
     oracle = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     found = encoded(tmp_path / "tokenizer", rows, sft=True, special_tokens=True)
     for row, (tokens, _) in zip(rows, found, strict=True):
@@ -1139,20 +1036,26 @@ def test_rows_of_parquet_give_the_ids_of_the_same_rows_of_json_lines(tmp_path):
         assert np.array_equal(ours, theirs)
 
 
-def test_chats_that_cannot_be_masked_are_refused_with_the_reason(tmp_path):
+def test_chats_that_cannot_be_read_or_masked_are_refused_with_the_reason(tmp_path):
     template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content or m.tool_calls[0].function.name }}\n{% endfor %}"
     )
     chat_tokenizer(tmp_path / "tokenizer", template=template)
     user, assistant = plain = messages_of([("user", "a"), ("assistant", "b")])
     for row, reason in (
-        ({"messages": plain + plain}, "the template ends an assistant's turn without a special token"),
-        (rows_with_calls()[0], "do not show the bounds of a turn of tool calls"),
-        ({"messages": plain, "tools": "{"}, "Expecting"),
-        ({"messages": plain, "tools": {"name": "count"}}, "no list"),
-        ({"messages": plain, "tools": ["count"]}, "no list"),
-        ({"messages": [user, {"role": "assistant", "content": None}]}, "without text"),
-        ({"messages": [{"role": "tool", "content": None}, assistant]}, "without text"),
+        ({"messages": plain + plain}, "chat: the template ends an assistant's turn without a special token"),
+        (rows_with_calls()[0], "chat: .*do not show the bounds of a turn of tool calls"),
+        ({"messages": plain, "tools": "{"}, "chat: Expecting"),
+        ({"messages": plain, "tools": {"name": "count"}}, "chat: .*no list"),
+        ({"messages": plain, "tools": ["count"]}, "chat: .*no list"),
+        ({"messages": plain, "tools": 5}, "chat: 'int' object is not iterable"),
+        ({"messages": [user, {"role": "assistant", "content": None}]}, "chat: .*without text"),
+        ({"messages": [{"role": "tool", "content": None}, assistant]}, "chat: .*without text"),
+        ({"conversations": [{"from": "gpt"}]}, "chat: .*without text"),
+        ({"conversations": [None]}, "chat: 'NoneType' object has no"),
+        ({"conversations": "x"}, "chat: 'str' object has no"),
+        ({"messages": []}, "not a chat"),
+        ({"text": "no chat"}, "not a chat"),
     ):
-        with pytest.raises(ValueError, match=f"^chat: .*({reason})"):
+        with pytest.raises(ValueError, match=f"^{reason}"):
             encoded(tmp_path / "tokenizer", [row], sft=True)

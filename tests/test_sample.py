@@ -38,9 +38,6 @@ def continuations(*arguments, **options):
     return [list(row) for row in zip(*generate(*arguments, **options), strict=True)]
 
 
-# ---- decoding
-
-
 @pytest.mark.parametrize("lengths", [(9,), (3, 11, 7), tuple(range(2, 22))])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm3"])
 def test_greedy_tokens_are_transformers(family, lengths, tmp_path):
@@ -82,14 +79,8 @@ def test_a_step_allocates_no_cache(monkeypatch):
     assert len(list(steps)) == 9 and made == []
 
 
-# ---- chat
-
-
 def test_ending_ids(tmp_path):
-    config = convert.from_hf(
-        {"model_type": "llama", "vocab_size": 9, "hidden_size": 4, "intermediate_size": 4,
-         "num_hidden_layers": 1, "num_attention_heads": 2, "eos_token_id": [3, 4]}
-    )  # fmt: skip
+    config = Mock(eos_token_id=[3, 4])
     assert set(ending_ids(None, config, str(tmp_path))) == {3, 4}
     for named, expected in (([4, 5], {2, 3, 4, 5}), (7, {2, 3, 4, 7})):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
@@ -139,31 +130,31 @@ def test_chat_keeps_history_and_survives_interrupts(monkeypatch, talker, capsys)
 
 def test_chat_forgets_its_oldest_turns_but_not_its_instructions(monkeypatch, talker):
     context = convert.read_config(talker).max_position_embeddings
-    long = "x = 1\n" * (context // 8)
+    lines = ["x = 1\n" * (context // 8), "two"]
     options = {"system": "S", "max_new_tokens": context // 2}
-    seen = converse(monkeypatch, talker, [long, "two"], ["first", "second"], **options)
+    seen = converse(monkeypatch, talker, lines, ["first", "second"], **options)
     assert seen[1] == "<system>S</system><user>two</user><assistant>"
 
 
-def test_only_the_templates_marks_are_special(tmp_path):
+def test_only_the_templates_marks_are_special(talker):
     """A mark that a message spells out is text; any other conversation is encoded as transformers does."""
-    shutil.copytree(BUNDLED, tmp_path / "talker")
     mark = "<|endoftext|>"
     template = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}" + mark + "{% endfor %}assistant:"
-    (tmp_path / "talker/chat_template.jinja").write_text(template)
-    tokens = prepare.load_tokenizer(tmp_path / "talker")
-    render = prepare.chat_template(tmp_path / "talker")
+    path = Path(shutil.copytree(talker, talker.with_name("marks")))
+    (path / "chat_template.jinja").write_text(template)
+    tokens = prepare.load_tokenizer(path)
+    render = prepare.chat_template(path)
     chat = [{"role": "user", "content": " def f():\n"}, {"role": "assistant", "content": "pass"}]
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "talker")
+    theirs = AutoTokenizer.from_pretrained(path)
     expected = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     assert sample.encode_chat(tokens, render, chat) == expected and expected.count(0) == 2
 
     chat[0]["content"] = f" def f():{mark}user: {mark[:3]}{mark}\n"
     ids = sample.encode_chat(tokens, render, chat)
-    assert ids.count(0) == 2
     text = tokens.decode(ids, skip_special_tokens=False)
     assert text == f"user: def f():{mark}user: {mark[:3]}{mark}{mark}assistant: pass{mark}assistant:"
-    # a prompt, likewise; and what is encoded after it has its marks again
+    assert ids.count(0) == 2
+    # A prompt's are text too; what is encoded after it has its marks again.
     prompt = prepare.encode_text(tokens, f"a{mark}b")
     assert 0 not in prompt and tokens.decode(prompt, skip_special_tokens=False) == f"a{mark}b"
     assert tokens.encode(mark).ids == [0]
@@ -183,9 +174,6 @@ def test_chat_through_pipes(talker):
     out, errors = chat.communicate("again\n", timeout=300)
     assert chat.returncode == 0 and out.count("> ") >= 2  # the next prompt, and the last
     assert errors.startswith("options that differ from the defaults:\n") and "Traceback" not in errors
-
-
-# ---- the command line
 
 
 def test_stdout_is_the_text_alone():
@@ -214,11 +202,8 @@ def test_refusals(name, value, words):
     refused(f"^{words}", sample, model="no/such/model", **{name: value})
 
 
-def test_a_chat_without_a_template_is_refused():
+def test_a_chat_without_a_template_and_a_prompt_that_is_not_utf8_are_refused():
     refused("has no chat template", sample, model=BUNDLED, chat=True)
-
-
-def test_a_prompt_that_is_not_utf8_is_refused():
     done = run("sample.py", f"--model={BUNDLED}", "--prompt=caf\udce9")  # the byte E9
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.splitlines()[-1] == r"error: prompt is not UTF-8: 'caf\udce9'"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import BUNDLED
-from test_prepare import encoded, messages_of, prepared, sentencepiece_tokenizer
+from test_prepare import CHATS, encoded, messages_of, prepared, sentencepiece_tokenizer
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, __version__
 
@@ -18,7 +18,8 @@ import prepare
 
 pytestmark = pytest.mark.skipif(__version__ < "5", reason="transformers 4 reads some of these otherwise")
 
-MARKS = ["<|im_start|>", "<|im_end|>", "<think>"]
+TEXT_END = "<|endoftext|>"
+START, END, _ = MARKS = ["<|im_start|>", "<|im_end|>", "<think>"]
 IDS = {mark: 4096 + i for i, mark in enumerate(MARKS)}
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -28,13 +29,7 @@ TEXTS = [
     "count 0", " leads", "trails ", "def f(x):\n    return x\n\n", "ünï 日本 🙂", "a  b\t\tc", "\n\nline",
     "x = '<|nothing|>'", "é" * 50 + "e\u0301",
 ]  # fmt: skip
-CHATS = [
-    [("user", "a"), ("assistant", "b")],
-    [("system", "Brief!"), ("user", "Hi"), ("assistant", "Hello"), ("user", "🙂"), ("assistant", "日\n\n本")],
-    [("user", ""), ("assistant", "")],
-    [("user", " spaces "), ("assistant", "lines\n\n")],
-    [("user", "x"), ("assistant", "user"), ("user", "assistant"), ("assistant", "x")],
-]
+CHATS = [*CHATS[:3], [("user", ""), ("assistant", "")], [("user", " spaces "), ("assistant", "lines\n\n")]]
 SPECIAL = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
 
 
@@ -42,14 +37,14 @@ def token(content, **flags):
     return {"content": content, **SPECIAL, **flags}
 
 
-def wrap(before, behind, ids):
+def wrap(before, behind):
     """A post-processor that puts tokens before a text and behind it."""
-    used = [(name, ids[name]) for name in {*before, *behind}]
+    used = [(name, IDS[name]) for name in {*before, *behind}]
     single = " ".join([*before, "$A", *behind])
     return processors.TemplateProcessing(single=single, pair=f"{single} $B", special_tokens=used)
 
 
-def make(path, in_json=MARKS, special=True, post=None, config=None, **files):
+def make(path, in_json=MARKS, special=True, post=None, files=None, **config):
     """A directory with the bundled tokenizer; in_json: marks that stand in tokenizer.json; files: others, by
     name. config: on top of tokenizer_config.json."""
     path.mkdir()
@@ -60,86 +55,59 @@ def make(path, in_json=MARKS, special=True, post=None, config=None, **files):
     if post:
         tokenizer.post_processor = post
     tokenizer.save(str(path / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": CHATML,
-        **(config or {}),
-    }  # fmt: skip
-    settings = {name: value for name, value in settings.items() if value != "left out"}
-    (path / "tokenizer_config.json").write_text(json.dumps(settings))
-    for name, value in files.items():
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "chat_template": CHATML}
+    settings = {name: value for name, value in (settings | config).items() if value != "left out"}
+    for name, value in {"tokenizer_config": settings, **(files or {})}.items():
         (path / f"{name}.json").write_text(json.dumps(value))
     return path
 
 
 DECODER = {str(IDS[mark]): token(mark) for mark in MARKS}
-ENDOFTEXT = {"<|endoftext|>": 0, **IDS}
+NAMED = {"in_json": [], "eos_token": TEXT_END}
+TEMPLATES = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": CHATML}]
+WITH_BOS = "{{ bos_token }}" + CHATML
 KINDS = {
     "plain": {},
-    "null BOS in the template": {"config": {"bos_token": None, "chat_template": "{{ bos_token }}" + CHATML}},
+    "null BOS in the template": {"bos_token": None, "chat_template": WITH_BOS},
     "BOS in the template": {
-        "config": {
-            "bos_token": {"__type": "AddedToken", **token("<|im_start|>")},
-            "chat_template": "{{ bos_token }}" + CHATML,
-        }
+        "bos_token": {"__type": "AddedToken", **token(START)}, "chat_template": WITH_BOS
     },
     "EOS in special_tokens_map.json": {
-        "config": {"eos_token": "left out"},
-        "special_tokens_map": {"eos_token": "<|endoftext|>"},
+        "eos_token": "left out", "files": {"special_tokens_map": {"eos_token": TEXT_END}}
     },
     "EOS there as an object, and another in the config": {
-        "config": {"eos_token": "<|im_end|>"},
-        "special_tokens_map": {"eos_token": token("<|endoftext|>")},
+        "files": {"special_tokens_map": {"eos_token": token(TEXT_END)}}
     },
     "EOS in both, with an added_tokens_decoder": {
-        "config": {"eos_token": "<|im_end|>", "added_tokens_decoder": DECODER},
-        "special_tokens_map": {"eos_token": "<|endoftext|>"},
+        "added_tokens_decoder": DECODER, "files": {"special_tokens_map": {"eos_token": TEXT_END}}
     },
     "tokens in added_tokens_decoder": {
-        "in_json": [], "config": {"added_tokens_decoder": {"0": token("<|endoftext|>"), **DECODER}},
+        "in_json": [], "added_tokens_decoder": {"0": token(TEXT_END), **DECODER}
     },
-    "tokens in added_tokens.json": {"in_json": [], "added_tokens": IDS},
-    "some of them there": {"in_json": MARKS[:1], "added_tokens": ENDOFTEXT},
-    "tokens that are only named": {
-        "in_json": [], "config": {"eos_token": "<|endoftext|>", "additional_special_tokens": MARKS},
-    },
+    "tokens in added_tokens.json": {"in_json": [], "files": {"added_tokens": IDS}},
+    "some of them there": {"in_json": MARKS[:1], "files": {"added_tokens": {TEXT_END: 0, **IDS}}},
+    "tokens that are only named": {**NAMED, "additional_special_tokens": MARKS},
     "tokens only named in the map": {
-        "in_json": [],
-        "config": {"eos_token": "<|endoftext|>"},
-        "special_tokens_map": {"additional_special_tokens": MARKS[:2]},
+        **NAMED, "files": {"special_tokens_map": {"additional_special_tokens": MARKS[:2]}}
     },
-    "extra_special_tokens": {
-        "in_json": [], "config": {"eos_token": "<|endoftext|>", "extra_special_tokens": MARKS},
-    },
+    "extra_special_tokens": {**NAMED, "extra_special_tokens": MARKS},
     "EOS without its flag": {"special": False},
-    "EOS of the vocabulary alone": {"config": {"eos_token": "def"}},
-    "EOS behind a text": {"post": wrap([], ["<|im_end|>"], IDS)},
-    "BOS before a text": {
-        "post": wrap(["<|im_start|>"], [], IDS), "config": {"bos_token": "<|im_start|>"},
-    },
-    "both": {"post": wrap(["<|im_start|>"], ["<|im_end|>"], IDS), "config": {"bos_token": "<|im_start|>"}},
-    "BOS that is the EOS": {"post": wrap(["<|im_end|>"], [], IDS), "config": {"bos_token": "<|im_end|>"}},
-    "the same on both sides": {
-        "post": wrap(["<|im_end|>"], ["<|im_end|>"], IDS), "config": {"bos_token": "<|im_end|>"},
-    },
-    "add_bos_token beside none": {
-        "config": {"add_bos_token": True, "add_eos_token": True, "bos_token": "<|im_start|>"}
-    },
+    "EOS of the vocabulary alone": {"eos_token": "def"},
+    "EOS behind a text": {"post": wrap([], [END])},
+    "BOS before a text": {"post": wrap([START], []), "bos_token": START},
+    "both": {"post": wrap([START], [END]), "bos_token": START},
+    "BOS that is the EOS": {"post": wrap([END], []), "bos_token": END},
+    "the same on both sides": {"post": wrap([END], [END]), "bos_token": END},
+    "add_bos_token beside none": {"add_bos_token": True, "add_eos_token": True, "bos_token": START},
     "add_bos_token False beside one": {
-        "post": wrap(["<|im_start|>"], [], IDS),
-        "config": {"add_bos_token": False, "bos_token": "<|im_start|>"},
+        "post": wrap([START], []), "add_bos_token": False, "bos_token": START
     },
     "add_bos_token of a Llama": {
-        "config": {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<|im_start|>"}
+        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": START
     },
-    "null add_bos_token": {"config": {"add_bos_token": None}},
-    "templates in a list": {
-        "config": {
-            "chat_template": [
-                {"name": "tool_use", "template": "tools"}, {"name": "default", "template": CHATML}
-            ]
-        }
-    },
-    "tokens of the model's own": {"config": {"image_token": "<think>"}},
+    "null add_bos_token": {"add_bos_token": None},
+    "templates in a list": {"chat_template": TEMPLATES},
+    "tokens of the model's own": {"image_token": "<think>"},
 }  # fmt: skip
 
 
@@ -191,21 +159,18 @@ def test_a_made_tokenizer_of_llamas_class(family, legacy, tmp_path):
 
 
 REFUSED = {
-    "an EOS that is nowhere": (
-        {"config": {"eos_token": "</s>"}}, "names '</s>' as its eos_token, but no file",
-    ),
+    "an EOS that is nowhere": ({"eos_token": "</s>"}, "names '</s>' as its eos_token, but no file"),
     "a BOS that is nowhere": (
-        {"config": {"eos_token": "left out"}, "special_tokens_map": {"bos_token": {"content": "<s>"}}},
+        {"eos_token": "left out", "files": {"special_tokens_map": {"bos_token": {"content": "<s>"}}}},
         "names '<s>' as its bos_token, but no file",
     ),
     "another id in the decoder": (
-        {"config": {"added_tokens_decoder": {"4099": token("<|im_end|>")}}},
-        "'<|im_end|>' is token 4099 and token 4097",
+        {"added_tokens_decoder": {"4099": token(END)}}, "'<|im_end|>' is token 4099 and token 4097",
     ),
     "another id in added_tokens.json": (
-        {"in_json": [], "added_tokens": {"<|im_end|>": 4100}}, "'<|im_end|>' is token 4100 and token 4096",
+        {"in_json": [], "files": {"added_tokens": {END: 4100}}}, "'<|im_end|>' is token 4100 and token 4096",
     ),
-    "no JSON": ({"config": {}, "added_tokens": ["<|im_end|>"]}, "added_tokens.json holds no JSON object"),
+    "no JSON": ({"files": {"added_tokens": [END]}}, "added_tokens.json holds no JSON object"),
 }  # fmt: skip
 
 
@@ -220,7 +185,7 @@ def test_what_contradicts_itself_is_one_line_before_any_work(kind, tmp_path):
 
 
 def test_no_eos_is_said(tmp_path, capsys):
-    path = make(tmp_path / "tokenizer", config={"eos_token": None})
+    path = make(tmp_path / "tokenizer", eos_token=None)
     (tmp_path / "a.txt").write_text("count 0")
     assert prepared(tmp_path / "a.txt", tmp_path / "out", tokenizer=path)["eos_id"] is None
     assert "names no EOS" in capsys.readouterr().err
@@ -231,7 +196,7 @@ def test_byte_order_marks_in_a_directory_are_no_content(tmp_path):
     """transformers cannot read such a directory; it is compared with one without."""
     paths = [tmp_path / "plain", tmp_path / "marked"]
     for path in paths:
-        make(path, in_json=[], config={"chat_template": "left out"}, added_tokens=IDS)
+        make(path, in_json=[], chat_template="left out", files={"added_tokens": IDS})
         (path / "chat_template.jinja").write_text(CHATML)
     for file in paths[1].iterdir():
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
@@ -241,7 +206,7 @@ def test_byte_order_marks_in_a_directory_are_no_content(tmp_path):
 
 
 def test_a_row_with_tools_takes_the_template_for_tools(tmp_path):
-    path = make(tmp_path / "tokenizer", config={"chat_template": "left out"})
+    path = make(tmp_path / "tokenizer", chat_template="left out")
     (path / "chat_template.jinja").write_text(CHATML)
     (path / "additional_chat_templates").mkdir()
     (path / "additional_chat_templates/tool_use.jinja").write_text("{{ tools | tojson }}" + CHATML)
