@@ -162,7 +162,7 @@ def show(steps: typing.Sequence, desc: str, unit: str) -> typing.Iterator:
     since = time.monotonic()
     for done, step in enumerate(steps):
         if FIRST and time.monotonic() - since >= SECONDS_BETWEEN_LINES:
-            print(f"{desc}: {done:,} of {len(steps):,} {unit}s are done", file=sys.stderr, flush=True)
+            print(f"{desc}: {unit} {done:,} of {len(steps):,} is done", file=sys.stderr, flush=True)
             since = time.monotonic()
         yield step
 

@@ -224,5 +224,5 @@ def test_long_work_says_how_far_it_is_where_there_is_no_terminal(seconds, first,
     monkeypatch.setattr(configurator, "SECONDS_BETWEEN_LINES", seconds)
     monkeypatch.setattr(configurator, "FIRST", first)
     assert list(configurator.show("abc", desc="fitting", unit="layer")) == ["a", "b", "c"]
-    expected = [f"fitting: {done} of 3 layers are done" for done in told]
+    expected = [f"fitting: layer {done} of 3 is done" for done in told]
     assert capsys.readouterr().err.splitlines() == expected
