@@ -8,6 +8,7 @@ import pytest
 import torch
 from compress import fit_clone, least_squares
 from conftest import SHAPE, clone_options, metrics, run
+from test_model import make_clone
 
 import convert
 import model as models
@@ -46,9 +47,8 @@ def started(teacher: models.Llama, ids: torch.Tensor, share: bool, tied: bool) -
     """Its clone by pca, every projection but the embedding's spoilt."""
     # The same epsilon for a stream of the same length in fewer dimensions.
     eps = teacher.config.rms_norm_eps * teacher.config.hidden_size / D_S
-    losses = models.LossConfig(1.0, 1.0, 1.0, 0.2, "student", "student", "none", (), ())
-    student = models.StudentConfig(D_S, share, share, tied, eps)
-    clone = models.Student(models.student_shape(teacher.config, student), teacher, student, losses)
+    shared = {"share_qkv": share, "share_gate_up": share, "tie_head_projection": tied}
+    clone = make_clone(teacher, D_S, student_rms_norm_eps=eps, **shared)
     models.init_student(clone, 1, "pca", clone.calibrate(ids))
     generator = torch.Generator().manual_seed(2)
     for name, weight in clone.trained.named_parameters():
@@ -96,9 +96,7 @@ def test_every_kind_of_student_starts_nearer_than_by_pca(options):
     models.init_random(teacher, seed=0, std=0.2)
     generator = torch.Generator().manual_seed(3)
     ids, other = (torch.randint(0, 300, (n, 64), generator=generator) for n in (16, 2))
-    losses = models.LossConfig(1.0, 1.0, 1.0, 0.2, "student", "student", "none", (), ())
-    student = models.StudentConfig(D_S, False, False, True, 1e-5, **options)
-    clone = models.Student(models.student_shape(config, student), teacher, student, losses)
+    clone = make_clone(teacher, D_S, kl_temperature=1.0, **options)
     models.init_student(clone, 1, "pca", clone.calibrate(ids))
     by_pca = clone.loss(other, other)["kl"].item()
     fit_clone(clone, ids)

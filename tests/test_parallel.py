@@ -120,18 +120,18 @@ def test_any_number_of_processes_trains_the_same(name, processes, options, work,
 
 @pytest.mark.parametrize(("kind", "optimizer"), [("projections", "adamw"), ("weights", "muon")])
 def test_free_weights_train_the_same_on_two_processes(kind, optimizer, work, teacher, corpus):
-    cut = ("--student_layers=(0,)", "--student_intermediate_size=64", f"--train={kind}", "--max_steps=8")
-    cut = (*cut, "--learning_rate=1e-3", "--save_every=8", "--eval_every=8")
-    cut = (*cut, f"--optimizer={optimizer}")
-    outs = {name: work / f"{kind}_{name}" for name in ("alone", "ddp", "fsdp")}
-    train(1, *clone_options(teacher, corpus, outs["alone"], *STEADY, *cut))
+    cut = (
+        "--student_layers=(0,)", "--student_intermediate_size=64", f"--train={kind}", "--max_steps=8",
+        "--learning_rate=1e-3", "--save_every=8", "--eval_every=8", f"--optimizer={optimizer}",
+    )  # fmt: skip
+    one = work / f"{kind}_alone"
+    train(1, *clone_options(teacher, corpus, one, *STEADY, *cut))
     for name in ("ddp", "fsdp"):
-        more = ("--micro_batch_size=1", f"--parallel={name}")
-        train(2, *clone_options(teacher, corpus, outs[name], *STEADY, *cut, *more))
-        assert_same_run(outs[name], outs["alone"])
+        out, more = work / f"{kind}_{name}", ("--micro_batch_size=1", f"--parallel={name}")
+        train(2, *clone_options(teacher, corpus, out, *STEADY, *cut, *more))
+        assert_same_run(out, one)
 
 
-# AdamW's moments as one process that reads a checkpoint of any number of ranks sees them
 def checkpoint_tensors(path):
     """{name: tensor} of a checkpoint: what is trained, and AdamW's moments, whole."""
     tensors = load_file(path / "model.safetensors")

@@ -141,13 +141,15 @@ def test_clone_losses_are_scaled_by_the_layer_beside_which_the_student_stands():
 
 
 def test_a_layer_left_out_leaves_the_teacher_without_it():
-    teacher = random_llama(num_hidden_layers=3)
-    clone = make_clone(teacher, 32, student_layers=(0, 2), tie_head_projection=False)
+    """Of three layers the first and the last have rotary embeddings."""
+    teacher = random_llama(family="smollm3", num_hidden_layers=3, no_rope_layer_interval=2)
+    clone = make_clone(teacher, 32, student_layers=(1, 2), tie_head_projection=False)
     ids, _ = random_batch(4, 12)
     model.init_student(clone, 0, "pca", clone.calibrate(ids))
-    without = model.Llama(dataclasses.replace(teacher.config, num_hidden_layers=2))
-    state = {n: w for n, w in teacher.state_dict().items() if not n.startswith("layers.1.")}
-    without.load_state_dict({n.replace("layers.2.", "layers.1."): w for n, w in state.items()})
+    without = model.Llama(dataclasses.replace(teacher.config, num_hidden_layers=2, no_rope_layers=(0, 1)))
+    state = {n: w for n, w in teacher.state_dict().items() if not n.startswith("layers.0.")}
+    state = {n.replace("layers.1.", "layers.0.").replace("layers.2.", "layers.1."): state[n] for n in state}
+    without.load_state_dict(state)
     assert relative(clone(ids), without(ids)) < TOLERANCE
 
 
@@ -211,17 +213,25 @@ def test_any_model_with_the_vocabulary_is_a_student(name, space):
     assert relative(result["kl"], kl) < 1e-3  # a small difference of large sums in float32 here
 
 
-def test_shapes_that_do_not_fit_are_refused():
-    wrong = {
-        "student_intermediate_size is 49; it must be between 1 and 48": {"student_intermediate_size": 49},
-        r"student_layers is \(0, 3\); it must be rising indices of layers, ": {"student_layers": (0, 3)},
-        r"student_layers is \(1, 0\)": {"student_layers": (1, 0)},
-        r"student_layers is \(\)": {"student_layers": ()},
-        "student_intermediate_size is 0": {"student_intermediate_size": 0},
-    }  # fmt: skip
-    for message, options in wrong.items():
-        with pytest.raises(ValueError, match=message):
-            make_clone(random_llama(num_hidden_layers=3), 16, **options)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d_s": 0}, "student_hidden_size is 0; it must be between 1 and 32"),
+        ({"d_s": 33}, "student_hidden_size is 33; it must be between 1 and 32"),
+        ({"d_s": 18}, "student_hidden_size is 18; .* 4 heads: 16 or 20"),
+        ({"student_intermediate_size": 49}, "student_intermediate_size is 49; it must be between 1 and 48"),
+        ({"student_intermediate_size": 0}, "student_intermediate_size is 0"),
+        ({"student_layers": (0, 3)}, r"student_layers is \(0, 3\); it must be rising indices of layers, "),
+        ({"student_layers": (1, 0)}, r"student_layers is \(1, 0\)"),
+        ({"student_layers": ()}, r"student_layers is \(\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_clone(random_llama(num_hidden_layers=3), **{"d_s": 16} | options)
+
+
+def test_layers_are_spread_evenly():
     assert model.spread_layers(4, 10) == (0, 3, 6, 9)
     with pytest.raises(ValueError, match="as a number it must be between 2 and 10"):
         model.spread_layers(11, 10)
