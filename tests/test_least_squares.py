@@ -75,14 +75,19 @@ def test_a_teacher_that_lies_in_the_students_width_is_cloned_exactly(family, tie
     assert after < 1e-4 * teacher(other).abs().max()
 
 
-def test_least_squares_is_numpys():
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+def test_least_squares_is_numpys(ridge):
+    """The ridge as rows of its own, which pull to the start."""
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(4, 50, 7, generator=generator)
-    targets = torch.randn(4, 50, 3, generator=generator)
+    shapes = (4, 50, 7), (4, 50, 3), (7, 3)
+    inputs, targets, start = (torch.randn(shape, generator=generator) for shape in shapes)
     weights = torch.rand(4, 50, generator=generator)
-    found = least_squares(inputs, targets, weights, torch.zeros(7, 3), ridge=0.0)
+    found = least_squares(inputs, targets, weights, start, ridge)
     root = weights.double().flatten().sqrt()[:, None]
-    expected, *_ = np.linalg.lstsq(root * inputs.flatten(0, 1), root * targets.flatten(0, 1))
+    left, right = root * inputs.flatten(0, 1), root * targets.flatten(0, 1)
+    pull = (ridge * left.square().sum(0).mean()).sqrt()
+    left = torch.cat([left, pull * torch.eye(7, dtype=torch.float64)])
+    expected, *_ = np.linalg.lstsq(left, torch.cat([right, pull * start.double()]))
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 

@@ -275,16 +275,21 @@ def stacked(terms):
     return torch.stack(list(terms.values()), dim=1)
 
 
-def plain_terms(clone, ids, names):
+def activations_of(weights, ids, config):
+    """{layer: {name: activation}} of a plain model's weights."""
+    found = {}
+    model.hidden_states(weights, ids, config, look=lambda i, x, activations: found.update({i: activations}))
+    return found
+
+
+def plain_terms(clone, weights, ids, names):
     """The clone losses [layers, terms], straight from the formulas: tokens through P and W in turn."""
-    teacher, options = clone.teacher, clone.loss_config
-    contexts = model.layer_contexts(teacher.config, torch.arange(ids.shape[1]))
-    x_t, (student, _) = teacher.embedding[ids], clone.make()
-    x_s, rows = x_t @ clone.trained.embedding_projection, []
-    for i, w in enumerate(teacher.weights()["layers"]):
+    teacher, options, rows = clone.teacher, clone.loss_config, []
+    of_student = activations_of(weights, ids, clone.config)
+    of_teacher = activations_of(teacher.weights(), ids, teacher.config)
+    for i, w in enumerate(teacher.layers):
         p = {name: clone.trained.layers[i].projection(name) for name in (*model.READS, *model.WRITES)}
-        x_t, t = model.block(x_t, w, teacher.config, contexts[i])
-        x_s, s = model.block(x_s, student["layers"][i], clone.config, contexts[i])
+        s, t = of_student[i], of_teacher[i]
         attn_in, mlp_in = s["attn_in"], s["mlp_in"]
         ours = {name: F.linear(attn_in @ p[name].T, w[name], w.get(f"{name}_bias")) for name in "qkv"}
         ours |= {name: mlp_in @ p[name].T @ w[name].T for name in ("gate", "up")}
@@ -317,9 +322,9 @@ def test_loss_and_gradients_equal_the_formulas(options, teacher):
     ids, labels = random_batch(2, 10)
     clone.calibrate(ids)
     result = clone.loss(ids, labels)
-    terms = plain_terms(clone, ids, result["terms"])
     weights, projections = clone.make()
     weights["embedding"] = clone.teacher.embedding @ projections["embedding"]
+    terms = plain_terms(clone, weights, ids, result["terms"])
     z = model.hidden_states(weights, ids, clone.config) @ weights["head"].T
     z, teacher_z = z.flatten(0, 1), clone.teacher(ids).flatten(0, 1)
     scales = 0.5 / (labels != -100).sum(), 0.1 / labels.numel(), 40.0

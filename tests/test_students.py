@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_model import (
     TOLERANCE,
+    activations_of,
     make_clone,
     plain_student,
     random_batch,
@@ -110,15 +111,11 @@ def test_clone_losses_compare_the_layers_and_neurons_that_are_kept():
         assert terms[name][0] < 1e-8, name  # the first layer is whole up to its neurons
         assert terms[name][1] > 1e-4, name  # the last reads what layers and neurons that are not there wrote
     assert terms["mlp_out"][0] > 1e-4
-    energies = []
-    x = teacher.embedding[ids]
-    contexts = model.layer_contexts(teacher.config, torch.arange(10))
-    for weights, context in zip(teacher.weights()["layers"], contexts, strict=True):
-        x, a = model.block(x, weights, teacher.config, context)
-        hidden = torch.nn.functional.silu(a["gate"]) * a["up"]
-        energies.append(hidden.square().sum((0, 1)) * weights["down"].square().sum(0))
-    for kept, layer in zip((0, 2), clone.trained.layers, strict=True):
-        assert layer.neurons.tolist() == sorted(energies[kept].topk(20).indices.tolist())
+    activations = activations_of(teacher.weights(), ids, teacher.config)
+    for k, layer in zip((0, 2), clone.trained.layers, strict=True):
+        hidden = torch.nn.functional.silu(activations[k]["gate"]) * activations[k]["up"]
+        energy = hidden.square().sum((0, 1)) * teacher.layers[k]["down"].square().sum(0)
+        assert layer.neurons.tolist() == sorted(energy.topk(20).indices.tolist())
 
 
 def test_clone_losses_are_scaled_by_the_layer_beside_which_the_student_stands():
@@ -129,8 +126,7 @@ def test_clone_losses_are_scaled_by_the_layer_beside_which_the_student_stands():
         clone = random_clone(teacher, student_layers=(1, 2), clone_scale=scale)
         clone.calibrate(ids)
         terms[scale] = clone.loss(ids, labels)["terms"]
-    activations = {}
-    teacher(ids, look=lambda i, x, a: activations.update({i: a}))
+    activations = activations_of(teacher.weights(), ids, teacher.config)
     for name, values in terms["none"].items():
         squares = torch.stack([activations[k][name].square().mean() for k in (1, 2)])
         assert relative(terms["teacher"][name], values / squares) < TOLERANCE, name
