@@ -8,6 +8,7 @@ import pytest
 import torch
 from compress import fit_clone, least_squares
 from conftest import SHAPE, clone_options, metrics, run
+from test_model import make_clone
 
 import convert
 import model as models
@@ -46,9 +47,8 @@ def started(teacher: models.Llama, ids: torch.Tensor, share: bool, tied: bool) -
     """Its clone by pca, every projection but the embedding's spoilt."""
     # The same epsilon for a stream of the same length in fewer dimensions.
     eps = teacher.config.rms_norm_eps * teacher.config.hidden_size / D_S
-    losses = models.LossConfig(1.0, 1.0, 1.0, 0.2, "student", "student", "none", (), ())
-    student = models.StudentConfig(D_S, share, share, tied, eps)
-    clone = models.Student(models.student_shape(teacher.config, student), teacher, student, losses)
+    shared = {"share_qkv": share, "share_gate_up": share, "tie_head_projection": tied}
+    clone = make_clone(teacher, D_S, student_rms_norm_eps=eps, **shared)
     models.init_student(clone, 1, "pca", clone.calibrate(ids))
     generator = torch.Generator().manual_seed(2)
     for name, weight in clone.trained.named_parameters():
@@ -76,15 +76,20 @@ def test_a_teacher_that_lies_in_the_students_width_is_cloned_exactly(family, tie
     assert after < 1e-4 * teacher(other).abs().max()
 
 
-def test_least_squares_is_numpys(monkeypatch):
-    monkeypatch.setattr(compress, "RIDGE", 0.0)
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+def test_least_squares_is_numpys(ridge, monkeypatch):
+    """The ridge as rows of its own, which pull to the start."""
+    monkeypatch.setattr(compress, "RIDGE", ridge)
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(4, 50, 7, generator=generator)
-    targets = torch.randn(4, 50, 3, generator=generator)
+    shapes = (4, 50, 7), (4, 50, 3), (7, 3)
+    inputs, targets, start = (torch.randn(shape, generator=generator) for shape in shapes)
     weights = torch.rand(4, 50, generator=generator)
-    found = least_squares(inputs, targets, weights, torch.zeros(7, 3))
+    found = least_squares(inputs, targets, weights, start)
     root = weights.double().flatten().sqrt()[:, None]
-    expected, *_ = np.linalg.lstsq(root * inputs.flatten(0, 1), root * targets.flatten(0, 1))
+    left, right = root * inputs.flatten(0, 1), root * targets.flatten(0, 1)
+    pull = (ridge * left.square().sum(0).mean()).sqrt()
+    left = torch.cat([left, pull * torch.eye(7, dtype=torch.float64)])
+    expected, *_ = np.linalg.lstsq(left, torch.cat([right, pull * start.double()]))
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -98,9 +103,7 @@ def test_every_kind_of_student_starts_nearer_than_by_pca(options):
     models.init_random(teacher, seed=0, std=0.2)
     generator = torch.Generator().manual_seed(3)
     ids, other = (torch.randint(0, 300, (n, 64), generator=generator) for n in (16, 2))
-    losses = models.LossConfig(1.0, 1.0, 1.0, 0.2, "student", "student", "none", (), ())
-    student = models.StudentConfig(D_S, False, False, True, 1e-5, **options)
-    clone = models.Student(models.student_shape(config, student), teacher, student, losses)
+    clone = make_clone(teacher, D_S, kl_temperature=1.0, **options)
     models.init_student(clone, 1, "pca", clone.calibrate(ids))
     by_pca = clone.loss(other, other)["kl"].item()
     fit_clone(clone, ids)

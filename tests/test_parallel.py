@@ -90,14 +90,20 @@ def assert_same_run(out_dir, expected):
 
 
 @pytest.fixture(scope="module")
-def alone(work, teacher, corpus):
+def options(teacher, corpus):
+    """train.py's, of a clone whose learning rate stays, for a run in a directory."""
+    return lambda out, *more: clone_options(teacher, corpus, out, *STEADY, *more)
+
+
+@pytest.fixture(scope="module")
+def alone(work, options):
     """20 undisturbed steps of one process, saved at 10 and 20, evaluated at 20."""
-    train(1, *clone_options(teacher, corpus, work / "alone", *STEADY, "--eval_every=20"))
+    train(1, *options(work / "alone", "--eval_every=20"))
     return work / "alone"
 
 
 @pytest.mark.parametrize(
-    ("name", "processes", "options"),
+    ("name", "processes", "more"),
     [
         ("ddp", 2, ("--micro_batch_size=1",)),  # two micro-batches on each, three blocks to evaluate
         ("fsdp", 2, ("--micro_batch_size=1", "--parallel=fsdp", "--activation_checkpointing=student")),
@@ -106,9 +112,9 @@ def alone(work, teacher, corpus):
         ("hsdp", 4, ("--micro_batch_size=1", "--parallel=fsdp", "--replicas=2")),
     ],
 )
-def test_any_number_of_processes_trains_the_same(name, processes, options, work, teacher, corpus, alone):
+def test_any_number_of_processes_trains_the_same(name, processes, more, work, options, alone):
     out = work / name
-    output = train(processes, *clone_options(teacher, corpus, out, *STEADY, "--eval_every=20", *options))
+    output = train(processes, *options(out, "--eval_every=20", *more))
     assert_same_run(out, alone)
     for name, value in metrics(alone)[-1].items():
         if name.startswith("val_") and name != "val_terms_by_layer":
@@ -119,19 +125,19 @@ def test_any_number_of_processes_trains_the_same(name, processes, options, work,
 
 
 @pytest.mark.parametrize(("kind", "optimizer"), [("projections", "adamw"), ("weights", "muon")])
-def test_free_weights_train_the_same_on_two_processes(kind, optimizer, work, teacher, corpus):
-    cut = ("--student_layers=(0,)", "--student_intermediate_size=64", f"--train={kind}", "--max_steps=8")
-    cut = (*cut, "--learning_rate=1e-3", "--save_every=8", "--eval_every=8")
-    cut = (*cut, f"--optimizer={optimizer}")
-    outs = {name: work / f"{kind}_{name}" for name in ("alone", "ddp", "fsdp")}
-    train(1, *clone_options(teacher, corpus, outs["alone"], *STEADY, *cut))
+def test_free_weights_train_the_same_on_two_processes(kind, optimizer, work, options):
+    cut = (
+        "--student_layers=(0,)", "--student_intermediate_size=64", f"--train={kind}", "--max_steps=8",
+        "--learning_rate=1e-3", "--save_every=8", "--eval_every=8", f"--optimizer={optimizer}",
+    )  # fmt: skip
+    one = work / f"{kind}_alone"
+    train(1, *options(one, *cut))
     for name in ("ddp", "fsdp"):
-        more = ("--micro_batch_size=1", f"--parallel={name}")
-        train(2, *clone_options(teacher, corpus, outs[name], *STEADY, *cut, *more))
-        assert_same_run(outs[name], outs["alone"])
+        out = work / f"{kind}_{name}"
+        train(2, *options(out, *cut, "--micro_batch_size=1", f"--parallel={name}"))
+        assert_same_run(out, one)
 
 
-# AdamW's moments as one process that reads a checkpoint of any number of ranks sees them
 def checkpoint_tensors(path):
     """{name: tensor} of a checkpoint: what is trained, and AdamW's moments, whole."""
     tensors = load_file(path / "model.safetensors")
@@ -150,8 +156,10 @@ def test_a_shard_saved_after_an_evaluation_is_whole(kind, dtype, work, teacher, 
     """fsdp's checkpoint against ddp's, after an evaluation; and the run resumed from it against one that was
     not stopped. In bfloat16 the two sum rounded gradients in another order."""
     options_of = clone_options if kind == "clone" else plain_options
-    shared = (*STEADY, "--micro_batch_size=1", f"--dtype={dtype}", "--max_steps=6", "--save_every=3")
-    shared = (*shared, "--eval_every=3", "--learning_rate=1e-3")
+    shared = (
+        *STEADY, "--micro_batch_size=1", f"--dtype={dtype}", "--max_steps=6", "--save_every=3",
+        "--eval_every=3", "--learning_rate=1e-3",
+    )  # fmt: skip
     outs = {parallel: work / f"evaluated_{kind}_{dtype}_{parallel}" for parallel in ("ddp", "fsdp")}
     for parallel, out in outs.items():
         train(2, *options_of(teacher, corpus, out, *shared, f"--parallel={parallel}"))
@@ -174,18 +182,18 @@ def test_a_shard_saved_after_an_evaluation_is_whole(kind, dtype, work, teacher, 
     assert lines == expected
 
 
-def test_resume_on_other_processes(work, teacher, corpus, alone):
+def test_resume_on_other_processes(work, options, alone):
     """Ten steps of one process, five of two with FSDP, five of two with DDP."""
     out = half_way(alone, work / "elastic")
-    options = (*clone_options(teacher, corpus, out, *STEADY), "--resume=True")
-    train(2, *options, "--parallel=fsdp", "--max_steps=15")
-    output = train(2, *options, "--micro_batch_size=1")
+    resume = options(out, "--resume=True")
+    train(2, *resume, "--parallel=fsdp", "--max_steps=15")
+    output = train(2, *resume, "--micro_batch_size=1")
     assert "resumed from" in output and "step_00000015" in output
     assert_same_run(out, alone)
-    assert "nothing to do" in train(1, *options)
+    assert "nothing to do" in train(1, *resume)
 
 
-def test_a_signal_to_one_rank_saves_and_ends(work, teacher, corpus):
+def test_a_signal_to_one_rank_saves_and_ends(work, options):
     out = work / "stopped"
 
     def signal_one(ranks):
@@ -195,71 +203,64 @@ def test_a_signal_to_one_rank_saves_and_ends(work, teacher, corpus):
             time.sleep(0.02)
         os.kill(ranks[1].pid, signal.SIGTERM)
 
-    options = (*STEADY, "--max_steps=100000", "--save_every=100000")
-    output = train(2, *clone_options(teacher, corpus, out, *options), meanwhile=signal_one)
+    output = train(2, *options(out, "--max_steps=100000", "--save_every=100000"), meanwhile=signal_one)
     (saved,) = convert.checkpoints(out)
     assert saved.name == f"step_{len(metrics(out)):08d}" and "go on with --resume=True" in output
 
 
-def test_torchrun_restarts_from_the_last_checkpoint(work, teacher, corpus, alone):
+def test_torchrun_restarts_from_the_last_checkpoint(work, options, alone):
     """One of the two kills itself in its 7th step; it has two passes in each."""
     out = work / "restarted"
     once = "calls[0] == 13 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
     fault = FAULT.format(when=once, fault="os.kill(os.getpid(), signal.SIGKILL)")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1")
-    options = clone_options(teacher, corpus, out, *STEADY, "--micro_batch_size=1", "--save_every=2")
-    command = [sys.executable, *torchrun, patched(work / "killed.py", fault), *options]
+    command = [sys.executable, *torchrun, patched(work / "killed.py", fault)]
+    command += options(out, "--micro_batch_size=1", "--save_every=2")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "step_00000006, at a learning rate" in done.stdout, done.stderr
     assert_same_run(out, alone)
 
 
-def test_full_disk_keeps_the_older_checkpoint(work, teacher, corpus, alone):
+def test_full_disk_keeps_the_older_checkpoint(work, options, alone):
     """A limit on a file's size stands for the disk: AdamW's state does not fit, the weights do."""
     out = half_way(alone, work / "full")
     limit = int(1.5 * (last(out) / "model.safetensors").stat().st_size)
-    script = patched(
-        work / "full.py", f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
-    )
-    options = (*clone_options(teacher, corpus, out, *STEADY), "--resume=True")
-    output = train(1, *options, code=2, script=script)
+    full = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+    resume = options(out, "--resume=True")
+    output = train(1, *resume, code=2, script=patched(work / "full.py", full))
     assert "error: " in output and "could not be written" in output and "Traceback" not in output
     assert [path.name for path in out.iterdir() if path.is_dir()] == ["step_00000010"]
-    train(1, *options)
+    train(1, *resume)
     assert all(torch.equal(w, last_weights(alone)[name]) for name, w in last_weights(out).items())
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "trainer/state.json", "trainer/*.safetensors"])
-def test_an_unreadable_checkpoint_is_passed_over(file, work, teacher, corpus, alone):
-    out = work / f"damaged_{file.count('t')}"
-    shutil.copytree(alone, out)
+def test_an_unreadable_checkpoint_is_passed_over(file, tmp_path, options, alone):
+    out = Path(shutil.copytree(alone, tmp_path / "run"))
     (path,) = (out / "step_00000020").glob(file)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     log = out / "metrics.jsonl"
     log.write_text(log.read_text()[:-9])  # as a kill can leave it
-    output = train(1, *clone_options(teacher, corpus, out, *STEADY), "--resume=True")
+    output = train(1, *options(out, "--resume=True"))
     assert "passing over" in output and "step_00000020" in output and "Traceback" not in output
     assert [line["step"] for line in metrics(out)] == list(range(1, 21))
     assert all(torch.equal(w, last_weights(alone)[name]) for name, w in last_weights(out).items())
 
 
-def test_a_run_without_a_readable_checkpoint_is_left_as_it_is(work, teacher, corpus, alone):
-    out = work / "all_damaged"
-    shutil.copytree(alone, out)
+def test_a_run_without_a_readable_checkpoint_is_left_as_it_is(tmp_path, options, alone):
+    out = Path(shutil.copytree(alone, tmp_path / "run"))
     for path in out.glob("step_*"):
         (path / "config.json").unlink()
     before = sorted(out.rglob("*")), (out / "metrics.jsonl").read_text()
-    output = train(1, *clone_options(teacher, corpus, out, *STEADY), "--resume=True", code=1)
+    output = train(1, *options(out, "--resume=True"), code=1)
     assert f"error: no checkpoint of {out} can be read" in output
     assert (sorted(out.rglob("*")), (out / "metrics.jsonl").read_text()) == before
 
 
-def test_saves_outlive_a_later_checkpoint_that_is_damaged(work, teacher, corpus, alone):
-    out = work / "later_damaged"
-    shutil.copytree(alone, out)
+def test_saves_outlive_a_later_checkpoint_that_is_damaged(tmp_path, options, alone):
+    out = Path(shutil.copytree(alone, tmp_path / "run"))
     (out / "step_00000020/config.json").unlink()
-    more = ("--resume=True", "--save_every=5", "--keep_last=1", "--max_steps=15")
-    train(1, *clone_options(teacher, corpus, out, *STEADY), *more)
+    train(1, *options(out, "--resume=True", "--save_every=5", "--keep_last=1", "--max_steps=15"))
     assert [path.name for path in sorted(out.glob("step_*"))] == ["step_00000015", "step_00000020"]
 
 
@@ -278,13 +279,9 @@ shapes = [(7, 5)] * 9 + [(5, 7)] * 4 + [(8, 8)] * 2 + [(2, 6)] * 3
 whole = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
 gradients = [[torch.randn_like(p) for p in whole] for _ in range(2)]
 
-class Matrices(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = torch.nn.ModuleList()
-        self.matrices = torch.nn.ParameterList(p.detach().clone() for p in whole)
-
-model = Matrices()
+model = torch.nn.Module()
+model.layers = torch.nn.ModuleList()
+model.matrices = torch.nn.ParameterList(p.detach().clone() for p in whole)
 if train.parallel == "fsdp":
     train.distribute(model, device)
 ours = list(model.parameters())
@@ -330,9 +327,8 @@ torch.linalg.eigh = eigh
 """
 
 
-def test_ranks_whose_eigenvectors_differ_in_sign_start_from_the_same_weights(work, teacher, corpus, alone):
-    options = clone_options(teacher, corpus, work / "signs", *STEADY, "--parallel=fsdp")
-    train(2, *options, script=patched(work / "signs.py", SIGNS))
+def test_ranks_whose_eigenvectors_differ_in_sign_start_from_the_same_weights(work, options, alone):
+    train(2, *options(work / "signs", "--parallel=fsdp"), script=patched(work / "signs.py", SIGNS))
     assert_same_run(work / "signs", alone)
 
 
@@ -346,22 +342,22 @@ def test_passes_are_the_largest_that_fit(batch, most, processes, expected, monke
     assert train_script.split_batch() == expected
 
 
-def test_a_batch_that_does_not_divide_by_the_processes_is_refused(work, teacher, corpus):
-    output = train(2, *clone_options(teacher, corpus, work / "odd", "--global_batch_size=5"), code=1)
+def test_a_batch_that_does_not_divide_by_the_processes_is_refused(work, options):
+    output = train(2, *options(work / "odd", "--global_batch_size=5"), code=1)
     # By the rank that is first: torchrun ends the other.
     assert re.search("error( on rank 1)?: global_batch_size is 5; it must divide by 2 processes", output)
     assert not (work / "odd").exists()
 
 
-def test_no_rank_takes_a_step_that_is_not_finite_on_one(work, teacher, corpus):
+def test_no_rank_takes_a_step_that_is_not_finite_on_one(work, options):
     """The second process has a loss of NaN in its 4th and 5th call (a call a step), or from the 4th on."""
     out, fault = work / "bad_some", "losses['loss'] = losses['loss'] * float('nan')"
     some, all_from_4 = (
         patched(work / f"faulty_{i}.py", FAULT.format(when=when, fault=fault))
         for i, when in enumerate(("calls[0] in (4, 5)", "calls[0] >= 4"))
     )
-    options = (*STEADY, "--micro_batch_size=2", "--max_bad_steps=3", "--save_every=3")
-    train(2, *clone_options(teacher, corpus, out, *options), script=some)
+    more = ("--micro_batch_size=2", "--max_bad_steps=3", "--save_every=3")
+    train(2, *options(out, *more), script=some)
     lines = metrics(out)
     assert [line["bad_steps"] for line in lines[:7]] == [0, 0, 0, 1, 2, 2, 2]
     assert lines[3]["loss"] is None and lines[-1]["loss"] < lines[0]["loss"]
@@ -369,7 +365,7 @@ def test_no_rank_takes_a_step_that_is_not_finite_on_one(work, teacher, corpus):
     assert all(weight.isfinite().all() for weight in saved["step_00000006"].values())
 
     out = work / "bad_all"
-    output = train(2, *clone_options(teacher, corpus, out, *options), code=1, script=all_from_4)
+    output = train(2, *options(out, *more), code=1, script=all_from_4)
     assert "not finite in 3 steps in a row up to step 6" in output
     (kept,) = convert.checkpoints(out)
     same = load_file(kept / "model.safetensors")

@@ -11,7 +11,7 @@ from collections import Counter
 import plan
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run, succeed
 
 import convert
 import train
@@ -22,12 +22,6 @@ SHAPE = {
     "model_type": "llama", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536,
     "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True,
 }  # fmt: skip
-# freed memory goes back to the system at once, as it does on a GPU's free list: what is resident is alive
-ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "MALLOC_MMAP_THRESHOLD_": "131072",
-}
 
 
 def options(micro_batch_size, seq_len, **more):
@@ -53,51 +47,41 @@ def measure(monkeypatch):
     return measured
 
 
-def start(script, *arguments):
-    command = [sys.executable, script, *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+def benchmark(given):
+    """The lines that tools/bench.py prints by these options."""
+    command = [sys.executable, "tools/bench.py", *(f"--{name}={value}" for name, value in given.items())]
+    # freed memory goes back to the system at once, as it does on a GPU's free list: what is resident is alive
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
-def finish(process):
-    output = process.communicate(timeout=170)[0]
-    assert process.returncode == 0, output
-    return output
-
-
-def peaks(output):
-    """{(parallel, activation_checkpointing): (peak GiB, fits)} of a plan."""
-    rows = re.findall(r"^  (ddp|fsdp) +(\w+) +([\d.]+) +[\d.]+  (yes|no)$", output, re.MULTILINE)
-    return {(parallel, recompute): (float(peak), fits) for parallel, recompute, peak, fits in rows}
-
-
-@pytest.fixture(scope="module")
-def page():
-    process = start(
-        "tools/plan.py", "config/lrc_1_5b.py", "--gpus=1", "--global_batch_size=3", "--memory_gib=45"
-    )
-    yield process
-    process.kill()
-
-
-def test_memory_is_what_a_run_takes(page, measure):
+def test_memory_is_what_a_run_takes(measure):
     """The difference of a large and a small step: the interpreter is in both. fsdp on a mesh of one."""
     steps = {"ddp": options(3, 256), "fsdp": options(3, 256, parallel="fsdp"), "small": options(1, 16)}
-    runs = {
-        name: start("tools/bench.py", *(f"--{key}={value}" for key, value in step.items()))
-        for name, step in steps.items()
-    }
     planned = {name: measure(step, 1, step.get("parallel", "ddp"), "none") for name, step in steps.items()}
-    found = {name: json.loads(finish(process).splitlines()[-1]) for name, process in runs.items()}
-    base = found["small"]["peak_memory_gib"]
+    printed = {name: benchmark(step) for name, step in steps.items()}
+    found = {name: json.loads(lines[-1]) for name, lines in printed.items()}
     for name in ("ddp", "fsdp"):
-        taken = found[name]["peak_memory_gib"] - base
+        taken = found[name]["peak_memory_gib"] - found["small"]["peak_memory_gib"]
         assert taken > 0.15
         assert planned[name] - planned["small"] == pytest.approx(taken, rel=0.15)
+
+    # The lines above it have the FLOPs by part, of which its numbers follow.
+    of_parts = [line for line in printed["ddp"] if line.endswith("GFLOP a step")]
+    flops = {line[2:22].strip(): float(line.split()[-4]) for line in of_parts}
+    everything = flops.pop("all")
+    assert set(flops) == {"teacher", "compose", "student", "clone losses", "head", "backward of the rest"}
+    assert everything == pytest.approx(sum(flops.values()), abs=0.3)  # printed to a tenth
+    ddp = found["ddp"]
+    assert ddp["tokens_per_second"] * ddp["seconds_per_step"] == pytest.approx(3 * 256, rel=1e-3)
+    rate = everything / ddp["seconds_per_step"]
+    assert ddp["matmul_fraction"] == pytest.approx(rate / ddp["matmul_gflops"], rel=0.05)
     # The products of this step take longer than anything else, and its optimizer some time too.
-    parts = found["ddp"]["ms"]
+    parts = ddp["ms"]
     assert max(parts, key=parts.get) == "matrix products" and parts["optimizer, clipping"] > 0
+    assert parts["no operator: Python, autograd"] > 0
 
 
 def test_shards_and_checkpointing_take_less(measure):
@@ -150,12 +134,13 @@ def test_muon_keeps_one_moment_and_adds_arithmetic(measure, monkeypatch):
     assert plan.count_flops()["Muon"] == rounds > 0
 
 
-def test_page_of_a_model_that_is_not_here(page):
-    output = finish(page)
+def test_page_of_a_model_that_is_not_here():
+    few = ("--gpus=1", "--global_batch_size=3", "--memory_gib=45")
+    output = succeed("tools/plan.py", "config/lrc_1_5b.py", *few).stdout
     for number in ("3,212,749,824", "929,650,176", "1,606,374,912", "208,000 steps"):
         assert number in output
-    found = peaks(output)
-    assert found["ddp", "none"][1] == "no" and found["ddp", "student"][1] == "yes"  # of 45 GiB
+    rows = re.findall(r"^  ddp +(\w+) +[\d.]+ +[\d.]+  (yes|no)$", output, re.MULTILINE)
+    assert ("none", "no") in rows and ("student", "yes") in rows  # of 45 GiB
 
 
 @pytest.fixture

@@ -26,11 +26,6 @@ from prepare import Mixture
 from sample import generate, pick
 
 
-def in_parallel(calls):
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda call: succeed(*call), calls))
-
-
 def last(out_dir):
     return convert.checkpoints(out_dir)[-1]
 
@@ -56,26 +51,35 @@ def plain_options(teacher, corpus, out_dir, *more):
     )  # fmt: skip
 
 
-def muon_options(*arguments):
-    return clone_options(
-        *arguments, "--student_layers=(1,)", "--optimizer=muon", "--kl_temperature=5", "--learning_rate=1e-3"
-    )
+FREE = ("--train=weights", "--learning_rate=1e-3")
+RUNS = {
+    "clone": (clone_options,),
+    "plain": (plain_options,),
+    "muon": (
+        clone_options, "--student_layers=(1,)", "--optimizer=muon", "--kl_temperature=5",
+        "--learning_rate=1e-3",
+    ),
+    "weights": (clone_options, *FREE),
+}  # fmt: skip
 
 
-def weights_options(*arguments):
-    return clone_options(*arguments, "--train=weights", "--learning_rate=1e-3")
+def train_runs(outs, teacher, corpus, *more):
+    """Trains RUNS in these {name: out_dir}, each with more options; returns {name: what it printed}."""
 
+    def train_run(name):
+        options_of, *own = RUNS[name]
+        return succeed("train.py", *options_of(teacher, corpus, outs[name], *own, *more)).stdout
 
-RUNS = {"clone": clone_options, "plain": plain_options, "muon": muon_options, "weights": weights_options}
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(outs, pool.map(train_run, outs), strict=True))
 
 
 @pytest.fixture(scope="module")
 def runs(work, teacher, corpus):
     """{name: out_dir} of RUNS, all trained straight to their end."""
     outs = {name: work / f"run_{name}" for name in RUNS}
-    done = in_parallel([("train.py", *RUNS[name](teacher, corpus, out)) for name, out in outs.items()])
-    for name, result in zip(outs, done, strict=True):
-        outs[name].with_name(f"{name}.log").write_text(result.stdout)
+    printed = train_runs(outs, teacher, corpus)
+    assert "def " in printed["plain"]  # the sample at its end
     return outs
 
 
@@ -101,33 +105,32 @@ def test_prepare_says_what_it_made(corpus):
 def test_convert_to_bfloat16_rounds_the_weights_once(exported, tmp_path):
     call(convert, checkpoint=exported, out=tmp_path / "half", dtype="bfloat16")
     full, half = (load_file(out / "model.safetensors") for out in (exported, tmp_path / "half"))
-    assert full.keys() == half.keys()
-    for name, weight in full.items():
-        assert weight.dtype == torch.float32 and half[name].dtype == torch.bfloat16
-        assert torch.equal(half[name], weight.bfloat16()), name
+    assert {weight.dtype for weight in full.values()} == {torch.float32}
+    rounded = {name: weight.bfloat16() for name, weight in full.items()}
+    torch.testing.assert_close(half, rounded, rtol=0, atol=0)
     assert transformers_model(tmp_path / "half").dtype == torch.bfloat16
 
 
-def test_checkpoints_and_exports_are_transformers_models(work, runs):
+def test_checkpoints_and_exports_are_transformers_models(work, runs, capsys):
     """Of a clone with fewer layers the export, of own weights the checkpoint itself; either is sampled."""
     call(convert, checkpoint=runs["muon"], out=work / "student_muon")
-    original = convert.load_checkpoint(runs["muon"] / "step_00000020").merge()
+    original = convert.load_checkpoint(last(runs["muon"])).merge()
     assert len(original.layers) == 1
     pairs = [(path, convert.load_model(path)) for path in (last(runs["plain"]), last(runs["weights"]))]
     for path, ours in ((work / "student_muon", original), *pairs):
         with torch.no_grad():
             expected = transformers_model(path)(ids_of(2, 40)).logits
             torch.testing.assert_close(ours(ids_of(2, 40)), expected, rtol=0, atol=1e-4)
-    assert "def " in runs["plain"].with_name("plain.log").read_text()  # the sample at its end
     for name in ("muon", "weights"):
-        assert succeed("sample.py", f"--model={runs[name]}", "--max_new_tokens=4", "--prompt=x").stdout
+        call(sample, model=runs[name], max_new_tokens=4, prompt="x")
+        assert "x" in capsys.readouterr().out
 
 
 def test_runs_go_on_from_clones_and_any_model(work, runs, corpus, teacher):
     """From a clone's checkpoint as it ended; from a model of another shape with a word on what it lacks."""
-    for name, options_of in (("switched", weights_options), ("further", clone_options)):
-        more = (f"--init_from={runs['clone']}", "--max_steps=5")
-        succeed("train.py", *options_of(teacher, corpus, work / name, *more))
+    for name, own in (("switched", FREE), ("further", ())):
+        more = (*own, f"--init_from={runs['clone']}", "--max_steps=5")
+        succeed("train.py", *clone_options(teacher, corpus, work / name, *more))
         assert metrics(work / name)[0]["loss"] < metrics(runs["clone"])[0]["loss"]
     # The layers that these options name are not the model's: it has another number of them.
     options = ("--train=weights", f"--init_from={runs['plain']}", "--max_steps=5", "--student_layers=(0,)")
@@ -143,8 +146,7 @@ def test_runs_go_on_from_clones_and_any_model(work, runs, corpus, teacher):
 def resumed(work, teacher, corpus, runs):
     """The runs as they stood half way, gone on with."""
     outs = {name: half_way(runs[name], work / f"resumed_{name}") for name in RUNS}
-    calls = [("train.py", *RUNS[name](teacher, corpus, out), "--resume=True") for name, out in outs.items()]
-    in_parallel(calls)
+    train_runs(outs, teacher, corpus, "--resume=True")
     return outs
 
 
@@ -167,26 +169,23 @@ def test_resume_repeats_the_uninterrupted_run(name, runs, resumed):
 
 def test_metrics(runs):
     lines = metrics(runs["clone"])
-    training = [line for line in lines if "loss" in line]
+    training, evaluations = ([line for line in lines if name in line] for name in ("loss", "val_lm"))
     assert [line["step"] for line in training] == [5, 10, 15, 20]
-    evaluations = [line for line in lines if "val_lm" in line]
     assert [line["step"] for line in evaluations] == [10, 20] and len(lines) == 6
     terms = {f"clone_{name}" for name in ("q", "k", "v", "attn_out", "gate", "up", "mlp_out")}
     for line in training:
         assert line["tokens"] == line["step"] * 4 * 32
-        assert line.keys() >= {"loss", "lm", "kl", "clone", *terms, "grad_norm", "learning_rate",
-                               "tokens_per_second"}  # fmt: skip
+        assert line.keys() >= {"grad_norm", "learning_rate", "tokens_per_second", *terms}
         assert line["clone"] == pytest.approx(sum(line[name] for name in terms), rel=1e-5)
         # the options' defaults: weights 1, 1 and 0.2; T = 1
-        expected = line["lm"] + line["kl"] + 0.2 * line["clone"]
-        assert line["loss"] == pytest.approx(expected, rel=1e-4)
+        assert line["loss"] == pytest.approx(line["lm"] + line["kl"] + 0.2 * line["clone"], rel=1e-4)
     for line in evaluations:
         assert line.keys() >= {f"val_{name}" for name in ("lm", "kl", "clone", "teacher_lm", *terms)}
     assert training[-1]["lm"] < training[0]["lm"]
-    plain = metrics(runs["plain"])
-    assert [line["step"] for line in plain if "loss" in line] == [1, 2, 3, 4]
-    assert all(line["loss"] == line["lm"] for line in plain if "loss" in line)
-    assert plain[-1].keys() == {"step", "tokens", "val_lm"}
+    *training, evaluation = metrics(runs["plain"])
+    assert [line["step"] for line in training] == [1, 2, 3, 4]
+    assert all(line["loss"] == line["lm"] for line in training)
+    assert evaluation.keys() == {"step", "tokens", "val_lm"}
 
 
 def test_evaluations_are_of_the_saved_weights_at_temperature_1(runs, corpus):
@@ -292,41 +291,37 @@ def test_rows_end_at_their_stop_ids():
     assert any(stop not in row for row in whole)
 
 
-def test_samples_follow_their_seed(runs, teacher):
-    clone, plain = f"--model={runs['clone']}", f"--model={runs['plain']}"
-    options = ("--prompt=x", "--max_new_tokens=12")
-    sampled = ("--temperature=1.5", "--top_k=500", "--top_p=0.99")
-    two, second, greedy, first_k = in_parallel([
-        ("sample.py", clone, *options, *sampled, "--num_samples=2", "--seed=7"),
-        ("sample.py", clone, *options, *sampled, "--seed=8"),
-        ("sample.py", plain, *options, "--temperature=0"),
-        ("sample.py", plain, *options, "--temperature=0.7", "--top_k=1", "--seed=3"),
-    ])  # fmt: skip
-    _, first, again = (part.partition("x")[2] for part in two.stdout.split("--- "))
+def test_samples_follow_their_seed(runs, capsys):
+    def sampled(name, **options):
+        call(sample, model=runs[name], prompt="x", max_new_tokens=12, **options)
+        return [part.partition("x")[2] for part in capsys.readouterr().out.split("--- ")]
+
+    random = {"temperature": 1.5, "top_k": 500, "top_p": 0.99}
+    _, first, again = sampled("clone", **random, num_samples=2, seed=7)
     assert first != again and len(first) > 5
-    assert again == second.stdout.partition("x")[2]
-    assert greedy.stdout == first_k.stdout
+    assert [again] == sampled("clone", **random, seed=8)
+    greedy = sampled("plain", temperature=0.0)
+    assert greedy == sampled("plain", temperature=0.7, top_k=1, seed=3)
 
 
-def test_pick_keeps_top_k_and_top_p():
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "expected"),
+    [
+        (1.0, 0, 1.0, [0.1, 0.5, 0.15, 0.25]),
+        (1.0, 2, 1.0, [0, 2 / 3, 0, 1 / 3]),
+        (1.0, 0, 0.7, [0, 2 / 3, 0, 1 / 3]),
+        (1.0, 0, 0.4, [0, 1, 0, 0]),
+        (0.5, 2, 1.0, [0, 0.8, 0, 0.2]),
+        (0.0, 0, 1.0, [0, 1, 0, 0]),
+    ],
+)
+def test_pick_keeps_top_k_and_top_p(temperature, top_k, top_p, expected):
     logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log().expand(2000, 4)
-
-    def share(temperature, top_k, top_p):
-        chosen = pick(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0))
-        return torch.bincount(chosen, minlength=4) / 2000
-
-    for arguments, expected in [
-        ((1.0, 0, 1.0), [0.1, 0.5, 0.15, 0.25]),
-        ((1.0, 2, 1.0), [0, 2 / 3, 0, 1 / 3]),
-        ((1.0, 0, 0.7), [0, 2 / 3, 0, 1 / 3]),
-        ((1.0, 0, 0.4), [0, 1, 0, 0]),
-        ((0.5, 2, 1.0), [0, 0.8, 0, 0.2]),
-        ((0.0, 0, 1.0), [0, 1, 0, 0]),
-    ]:
-        found = share(*arguments)
-        # four standard deviations of a share of 2000 draws
-        torch.testing.assert_close(found, torch.tensor(expected).float(), rtol=0, atol=0.045)
-        assert [p > 0 for p in found.tolist()] == [p > 0 for p in expected]
+    chosen = pick(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0))
+    found = torch.bincount(chosen, minlength=4) / 2000
+    # four standard deviations of a share of 2000 draws
+    torch.testing.assert_close(found, torch.tensor(expected).float(), rtol=0, atol=0.045)
+    assert [p > 0 for p in found.tolist()] == [p > 0 for p in expected]
 
 
 # ---- mixtures, documents apart
@@ -336,14 +331,16 @@ def test_a_mixture_logs_each_source_and_keeps_documents_apart(work, text, teache
     succeed("prepare.py", f"--input={text}/2.jsonl", f"--out={work}/small", f"--tokenizer={teacher}",
             "--text_key=body", "--heldout_fraction=0.5")  # fmt: skip
     sources = {str(corpus): 1600, str(work / "small"): None}
-    outs, more = (work / "mixed", work / "apart"), ("--max_steps=6", "--log_every=6", "--save_every=0")
-    calls = [("train.py", *clone_options(teacher, sources, out, *more, f"--mask_documents={out == outs[1]}"))
-             for out in outs]  # fmt: skip
-    in_parallel(calls)
-    together, apart = (metrics(out)[0] for out in outs)
+    more = ("--max_steps=6", "--log_every=6", "--save_every=0")
+    logs = []
+    for apart in (False, True):
+        out = work / f"mixed_{apart}"
+        succeed("train.py", *clone_options(teacher, sources, out, *more, f"--mask_documents={apart}"))
+        logs.append(metrics(out))
+    (together, *_, evaluation), (apart, *_) = logs
     losses = [together[f"lm/{name}"] for name in ("corpus", "small")]
     assert min(losses) < together["lm"] < max(losses)
-    assert all(f"val_lm/{name}" in metrics(outs[0])[-1] for name in ("corpus", "small"))
+    assert evaluation.keys() >= {"val_lm/corpus", "val_lm/small"}
     assert together["lm"] != apart["lm"] and abs(together["lm"] / apart["lm"] - 1) < 0.1
 
 
@@ -368,19 +365,15 @@ def chats(work, teacher):
     return work / "chats"
 
 
-def sft_options(student, chats, out_dir, *more):
-    return (
-        "--teacher=None", f"--init_from={student}", "--sft=True", f"--data={chats}", f"--out_dir={out_dir}",
-        "--seq_len=64", "--max_steps=0", "--global_batch_size=8", "--micro_batch_size=8", "--log_every=1",
-        "--sample_prompt=", "--eval_every=2", *more,
-    )  # fmt: skip
-
-
 def test_fine_tuning_on_answers(work, exported, chats):
     """Two epochs of SFT; eight micro-batches of one row take the same steps as one of eight rows."""
-    calls = [("train.py", *sft_options(exported, chats, work / f"sft_{size}", "--epochs=2",
-                                       f"--micro_batch_size={size}")) for size in (8, 1)]  # fmt: skip
-    in_parallel(calls)
+    options = (
+        "--teacher=None", f"--init_from={exported}", "--sft=True", f"--data={chats}", "--seq_len=64",
+        "--epochs=2", "--max_steps=0", "--global_batch_size=8", "--log_every=1", "--eval_every=2",
+        "--sample_prompt=",
+    )  # fmt: skip
+    for size in (8, 1):
+        succeed("train.py", *options, f"--out_dir={work}/sft_{size}", f"--micro_batch_size={size}")
     whole, parts = metrics(work / "sft_8"), metrics(work / "sft_1")
     meta = json.loads((chats / "meta.json").read_text())
     rows, tokens = meta["documents"]["tokens"], sum(shard["tokens"] for shard in meta["splits"]["tokens"])
@@ -397,31 +390,13 @@ def test_fine_tuning_on_answers(work, exported, chats):
 
 def test_evaluation_only(runs, exported, corpus, teacher):
     """A clone, and its export beside the teacher, have the losses of the run's last evaluation."""
-    for path in (runs["clone"], exported, runs["weights"]):
-        expected = metrics(runs["weights" if path == runs["weights"] else "clone"])[-1]
+    for path, name in ((runs["clone"], "clone"), (exported, "clone"), (runs["weights"], "weights")):
         only = ("--eval_only=True", f"--init_from={path}")
         done = succeed("train.py", *clone_options(teacher, corpus, "none", *only))
         found = json.loads(done.stdout.splitlines()[-1])
-        assert found["val_lm"] == pytest.approx(expected["val_lm"], abs=2e-4)
-        assert found["val_teacher_lm"] == pytest.approx(expected["val_teacher_lm"], abs=2e-4)
+        expected = {key: metrics(runs[name])[-1][key] for key in ("val_lm", "val_teacher_lm")}
+        assert {key: found[key] for key in expected} == pytest.approx(expected, abs=2e-4)
         assert "% of the teacher's quality" in done.stdout
-
-
-def test_benchmark():
-    """FLOPs by part, then one line of JSON whose numbers follow from each other; no checkpoint."""
-    small = ("config/bench_tiny.py", "--global_batch_size=2", "--micro_batch_size=1", "--max_steps=3")
-    done = succeed("tools/bench.py", *small, "--compile=False")
-    *table, last = done.stdout.splitlines()
-    found = json.loads(last)
-    flops = {line[2:22].strip(): float(line.split()[-4]) for line in table if line.endswith("GFLOP a step")}
-    assert set(flops) == {
-        "teacher", "compose", "student", "clone losses", "head", "backward of the rest", "all"
-    }  # fmt: skip
-    assert flops.pop("all") == pytest.approx(sum(flops.values()), abs=0.3)  # printed to a tenth
-    assert found["tokens_per_second"] * found["seconds_per_step"] == pytest.approx(2 * 256, rel=1e-3)
-    rate = sum(flops.values()) / found["seconds_per_step"]
-    assert found["matmul_fraction"] == pytest.approx(rate / found["matmul_gflops"], rel=0.05)
-    assert 0.2 < found["peak_memory_gib"] < 2
 
 
 @pytest.mark.parametrize(

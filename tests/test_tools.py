@@ -1,7 +1,6 @@
 """study.py's table and plot.py's figure, from metrics.jsonl files written by hand; evaluate.py's scores."""
 
 import json
-import time
 
 import evaluate
 import plot
@@ -9,7 +8,7 @@ import pytest
 import study
 import torch
 import transformers
-from bench import kind_of, where_time_goes
+from bench import kind_of
 from test_convert import call, refused
 from test_model import make_clone, random_llama, randomise
 
@@ -297,17 +296,3 @@ def test_kernels_are_told_apart():
         "aten::copy_": NOT_COMPILED,
     }
     assert {name: kind_of(name) for name in kinds} == kinds
-
-
-def test_where_time_goes_adds_up():
-    """Every operator of a step is in one kind, and what is none of one is Python's."""
-    a = torch.randn(300, 300)
-
-    def step(number):
-        for _ in range(20):
-            product = a @ a
-        time.sleep(0.05)
-        return product.sum()
-
-    parts = where_time_goes(step, 0, torch.device("cpu"))
-    assert parts["no operator: Python, autograd"] >= 50 and parts["matrix products"] > parts[NOT_COMPILED] > 0
