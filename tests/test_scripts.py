@@ -471,11 +471,10 @@ def test_a_model_fine_tuned_on_chats_ends_its_turns(sft, ids, tmp_path, monkeypa
     (tokens / "tokenizer.json").write_text(json.dumps(content))
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     (tokens / "chat_template.jinja").write_text(template)
-    monkeypatch.setattr(train, "sft", sft)
+    for name, value in {"sft": sft, "teacher": None, "out_dir": tmp_path, "options": {}}.items():
+        monkeypatch.setattr(train, name, value, raising=False)
     model = plain_student(random_llama(vocab_size=4098, eos_token_id=0))
-    saved = tmp_path / "saved"
-    own, ends = model.trained.state_dict(), train.turn_ends(str(tokens))
-    convert.save_weights(model, saved, own, str(tokens), None, ends)
+    saved = train.save_checkpoint(model, train.make_optimizer(model.trained), 1, str(tokens))
     call(convert, checkpoint=saved, out=tmp_path / "exported")
     for path in (saved, tmp_path / "exported"):
         assert json.loads((path / "generation_config.json").read_text())["eos_token_id"] == ids
