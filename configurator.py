@@ -13,6 +13,7 @@ Anything else ends in one line on stderr and exit code 2, before torch is import
 """
 
 import ast
+import contextlib
 import difflib
 import hashlib
 import importlib
@@ -142,6 +143,15 @@ def write_json(file: Path, value: dict) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, file)
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The lines of a .jsonl file, but for one that a kill cut short; none where there is no such file."""
+    lines = []
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def sha256(file: Path) -> str:

@@ -27,7 +27,6 @@ if __name__ == "__main__":
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import shutil
 import sys
@@ -38,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from configurator import FIRST, fail, read_json, write_json
+from configurator import FIRST, fail, read_json, read_lines, write_json
 from model import Llama, ModelConfig, Student, StudentConfig, start_from_clone, student_shape
 
 # Our name of each weight of a layer -> its name in a Hugging Face checkpoint, under "model.layers.{i}."
@@ -712,8 +711,7 @@ def describe_training(log: Path, last_step: int) -> str:
         return ""
     tokens = 0
     losses = ""
-    # The last line has no end where a kill cut it short.
-    for line in map(json.loads, log.read_text().split("\n")[:-1]):
+    for line in read_lines(log):
         if line["step"] > last_step:
             break
         tokens = line["tokens"]

@@ -123,7 +123,7 @@ from tqdm import tqdm
 
 import convert
 import model as models
-from configurator import choose_device, need_compiler, show
+from configurator import choose_device, need_compiler, read_lines, show
 from prepare import Mixture, encode_text, load_tokenizer, special_ids, vocabulary_hash, write_shards
 from sample import generate, turn_end_ids
 
@@ -900,14 +900,9 @@ def load_optimizer(path: Path, trained, optimizer, steps: int) -> None:
 
 def keep_log(file: Path, step: int) -> None:
     """Drops the lines of metrics.jsonl after `step`, and one that a kill cut short."""
-    kept = []
-    if step and file.exists():
-        for line in file.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
+    lines = [line for line in read_lines(file) if line["step"] <= step] if step else []
     partial = file.with_name("metrics.partial")
-    partial.write_text("".join(kept))
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
     partial.replace(file)
 
 

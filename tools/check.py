@@ -47,12 +47,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from from_authors import as_stored, reference_name
-from plot import read_lines
 from safetensors.torch import load_file
 
 import convert
 import model as models
-from configurator import choose_device, fail, read_json, read_options
+from configurator import choose_device, fail, read_json, read_lines, read_options
 from prepare import encode_text, load_tokenizer, write_shards
 
 GOLDEN = ROOT / "tests/golden"

@@ -51,11 +51,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from plot import read_lines
 from tqdm import tqdm
 
 import convert
-from configurator import choose_device, fail, read_json
+from configurator import choose_device, fail, read_json, read_lines
 from model import Llama, Student
 from prepare import Mixture, encode_text, load_tokenizer, special_ids
 from sample import generate
@@ -250,7 +249,8 @@ def main() -> None:
         done[checkpoint.name] = line
         # Under another name first: a kill leaves the lines before.
         partial = file.with_name("results.partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in [*read_lines(file), line]))
+        before = file.read_text() if file.is_file() else ""
+        partial.write_text(before + json.dumps(line) + "\n")
         partial.replace(file)
         bar.write(json.dumps({name: value for name, value in line.items() if name != "settings"}))
 

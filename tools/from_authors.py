@@ -55,7 +55,7 @@ def reference_name(ours: str) -> str:
 
 
 def as_stored(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A projection or its gradient, transposed where one of us stores it so."""
+    """A projection or its gradient, transposed where the authors store it so."""
     return tensor if tensor.shape == like.shape else tensor.T.contiguous()
 
 

@@ -6,22 +6,11 @@
 Reads their metrics.jsonl; needs matplotlib.
 """
 
-import contextlib
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configurator import fail, need
-
-
-def read_lines(file: Path) -> list[dict]:
-    """The lines of a .jsonl file, but for one that a kill cut short; none where there is no such file."""
-    lines = []
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
+from configurator import fail, need, read_lines
 
 
 def read_metrics(directory: str) -> list[dict]:

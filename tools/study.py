@@ -39,9 +39,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from plot import read_lines
-
-from configurator import configure, fail
+from configurator import configure, fail, read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = runpy.run_path(str(ROOT / "config/study/variants.py"))["VARIANTS"]
@@ -145,7 +143,7 @@ def main() -> None:
         options = options_of(variant)
         results[variant] = []
         for seed in seeds:
-            name = f"{variant}_{seed}".replace(" --", "_").replace("/", "-")
+            name = "_".join([*variant.split(), str(seed)]).replace("_--", "_").replace("/", "-")
             directory = Path(options["out_dir"]) / name
             command = ["train.py", *arguments_of(variant), f"--seed={seed}", f"--out_dir={directory}"]
             words = [json.dumps(word) if "'" in word else word for word in command]
