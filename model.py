@@ -161,7 +161,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """A numpy array on the device, the copy not waited for."""
-    tensor = torch.as_tensor(array)
+    tensor = torch.as_tensor(np.ascontiguousarray(array))  # pinned with gaps it would be copied once more
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -323,7 +323,12 @@ def chunk_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, te
     label = labels.clamp(min=0)[:, None]
 
     def cross_entropy(z: Tensor, log_sum: Tensor) -> Tensor:
-        return torch.where(labelled, log_sum - z.gather(-1, label)[:, 0], 0.0)
+        if torch.compiler.is_compiling():  # then a gather's gradient is a pass of its own, over zeros
+            is_label = torch.arange(z.shape[-1], device=z.device) == label
+            of_label = torch.where(is_label, z, 0.0).sum(-1)
+        else:
+            of_label = z.gather(-1, label)[:, 0]
+        return torch.where(labelled, log_sum - of_label, 0.0)
 
     *_, log_sum = log_sum_exp(logits)
     costs = {"lm": cross_entropy(logits, log_sum)}
@@ -354,11 +359,12 @@ def log_sum_exp(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     top = z.detach().amax(-1, keepdim=True)
     exponentials = (z - top).exp()
     total = exponentials.sum(-1, keepdim=True)
-    # What this sum was rounded by. (A float64 sum of all takes a CPU longer than everything else here.)
-    parts = [part.sum(-1, keepdim=True) for part in exponentials.detach().chunk(16, -1)]
-    exact = torch.cat(parts, -1).sum(-1, keepdim=True, dtype=torch.float64)
-    total = total + (exact - total).detach()
-    return exponentials, total, (total.log() + top)[:, 0]
+    # A GPU's sum is a tree. A compiled sum on a CPU adds value by value: here is what it was rounded by.
+    if z.device.type == "cpu":
+        parts = [part.sum(-1, keepdim=True) for part in exponentials.detach().chunk(16, -1)]
+        exact = torch.cat(parts, -1).sum(-1, keepdim=True, dtype=torch.float64)
+        total = total + (exact - total).detach()
+    return exponentials, total, (total.double().log() + top)[:, 0]
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -380,6 +386,27 @@ def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += product(a, b)
 
 
+def run_chunk(logits, labels, teacher_logits, temperature: float, weights: tuple, dtype: torch.dtype):
+    """(chunk_loss's costs, the gradient [n, V] by logits of their sums times `weights`, in dtype).
+
+    weights: of "lm" and "kl", as tensors, since a compiled function is compiled anew for another number; None
+    in an evaluation, which has no gradient. Both in one function: compiled, it reads the logits half as often
+    as a forward and a backward pass by autograd.
+    """
+    if weights is None:
+        return chunk_loss(logits, labels, teacher_logits, temperature), None
+
+    def weighted(z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        costs = chunk_loss(z, labels, teacher_logits, temperature)
+        loss = weights[0] * costs["lm"].sum()
+        if "kl" in costs:
+            loss = loss + weights[1] * costs["kl"].sum()
+        return loss, costs
+
+    grad, costs = torch.func.grad(weighted, has_aux=True)(logits)
+    return costs, grad.to(dtype)
+
+
 class ChunkedLoss(torch.autograd.Function):
     """lm_scale · Σ lm + kl_scale · T² · Σ kl of chunk_loss, the logits of one chunk of tokens at a time.
 
@@ -390,43 +417,43 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, labels, teacher_hidden, teacher_head, scales, chunk, loss_function):
+    def forward(ctx, hidden, head, labels, teacher_hidden, teacher_head, scales, chunk, run):
         lm_scale, kl_scale, temperature = scales
+        kl_scale = kl_scale * temperature**2
         tokens = hidden.shape[0]
         # float32, or float64 to check gradients in
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
         names = ("lm", "kl", "teacher_lm", "agreement")
         costs = {name: hidden.new_zeros(tokens, dtype=sum_dtype) for name in names}
-        trains = any(ctx.needs_input_grad)
-        hidden_grad = torch.empty_like(hidden) if trains else None
-        head_grad = torch.zeros_like(head, dtype=sum_dtype) if trains else None
+        weights = None
+        if any(ctx.needs_input_grad):
+            weights = [
+                torch.as_tensor(x, dtype=sum_dtype, device=hidden.device) for x in (lm_scale, kl_scale)
+            ]
+            hidden_grad = torch.empty_like(hidden)
+            head_grad = torch.zeros_like(head, dtype=sum_dtype)
         # On a CPU the vocabulary is the logits' outer dimension: their products are up to a third faster.
         outer = hidden.device.type == "cpu"
 
         def logits(x: Tensor, weight: Tensor) -> Tensor:  # [chunk, V]
             return product(weight, x.T).T if outer else product(x, weight.T)
 
-        def run(rows: slice) -> None:
+        def of_chunk(rows: slice) -> None:
             """A function, so that the logits of a chunk are freed before the next one's are made."""
-            z = logits(hidden[rows], head).requires_grad_(trains)
             teacher_z = None if teacher_hidden is None else logits(teacher_hidden[rows], teacher_head)
-            with torch.set_grad_enabled(trains):
-                chunk_costs = loss_function(z, labels[rows], teacher_z, temperature)
-                loss = lm_scale * chunk_costs["lm"].sum()
-                if teacher_z is not None:
-                    loss = loss + kl_scale * temperature**2 * chunk_costs["kl"].sum()
+            z = logits(hidden[rows], head)
+            chunk_costs, grad = run(z, labels[rows], teacher_z, temperature, weights, hidden.dtype)
             for name, values in chunk_costs.items():
-                costs[name][rows] = values.detach()
-            if trains:
-                grad = torch.autograd.grad(loss, z)[0].to(hidden.dtype)
+                costs[name][rows] = values
+            if grad is not None:
                 hidden_grad[rows] = grad @ head
                 accumulate_product(head_grad, grad.T, hidden[rows])
 
         for start in range(0, tokens, chunk):
-            run(slice(start, start + chunk))
-        ctx.grads = (hidden_grad, head_grad.to(head.dtype)) if trains else None
+            of_chunk(slice(start, start + chunk))
+        ctx.grads = None if weights is None else (hidden_grad, head_grad.to(head.dtype))
         ctx.mark_non_differentiable(*costs.values())
-        loss = lm_scale * costs["lm"].sum() + kl_scale * temperature**2 * costs["kl"].sum()
+        loss = lm_scale * costs["lm"].sum() + kl_scale * costs["kl"].sum()
         return loss, *costs.values()
 
     @staticmethod
@@ -446,7 +473,7 @@ def loss_chunk(vocab_size: int, device: torch.device) -> int:
 
 def head_loss(
     hidden: Tensor, head: Tensor, labels: Tensor, teacher: tuple[Tensor, Tensor] | None = None,
-    lm_weight=1.0, kl_weight=1.0, temperature=1.0, num_labels=None, share=1.0, loss_function=chunk_loss,
+    lm_weight=1.0, kl_weight=1.0, temperature=1.0, num_labels=None, share=1.0, run=run_chunk,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The loss of final hidden states [B, T, D] under head [V, D]; teacher: (hidden, head) or None.
 
@@ -468,7 +495,7 @@ def head_loss(
         teacher_head,
         (lm_weight / num_labels, kl_weight * share / tokens, temperature),
         loss_chunk(head.shape[0], head.device),
-        loss_function,
+        run,
     )
     result = {"loss": loss, "lm": lm.sum() / num_labels, "token_lm": lm.view(hidden.shape[:-1])}
     if teacher is not None:
@@ -662,6 +689,31 @@ def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype, copy=weight.requires_grad)
 
 
+class Projected(torch.autograd.Function):
+    """W P, or P^T W where the weight writes to the stream, of a frozen W and P [d_T, d_S], in W's dtype.
+
+    P's gradient is formed in its own dtype, not rounded to W's and cast back: that is two copies less.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, projection, writes):
+        ctx.save_for_backward(weight)
+        ctx.dtype = projection.dtype
+        ctx.writes = writes
+        p = projection.to(weight.dtype)
+        return p.T @ weight if writes else weight @ p
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        factors = (weight, grad.T) if ctx.writes else (weight.T, grad)
+        multiply = torch.mm if ctx.dtype == grad.dtype else product
+        return None, multiply(*factors), None
+
+
+project = Projected.apply
+
+
 class StudentLayer(nn.Module):
     """What trains of one layer of the student; forward() makes the layer's weights of it.
 
@@ -705,15 +757,14 @@ class StudentLayer(nn.Module):
         weights they project). teacher: the weights of its layer; not read where the student's are its own."""
         weights = {}
         if self.composes:
-            p = {name: self.projection(name).to(dtype) for name in self.parameter_of}
             w = {name: weight.to(dtype) for name, weight in teacher.items()}
             w = keep_neurons(w, self.neurons)
             # Biases of q, k and v, and Qwen3's q and k norms, do not touch the stream.
             weights = {name: w[name] for name in w if name[:2] in ("q_", "k_", "v_")}
-            weights |= {name: w[name] @ p[name] for name in READS}
-            weights |= {name: p[name].T @ w[name] for name in WRITES}
+            weights |= {name: project(w[name], self.projection(name), False) for name in READS}
+            weights |= {name: project(w[name], self.projection(name), True) for name in WRITES}
             if "o_bias" in w:
-                weights["o_bias"] = w["o_bias"] @ p["o"]
+                weights["o_bias"] = w["o_bias"] @ self.projection("o").to(dtype)
         weights |= {name: in_dtype(getattr(self, name), dtype) for name in self.trained_names}
         projections = {name: in_dtype(self.projection(name), dtype) for name in self.compared}
         return weights, projections
@@ -786,8 +837,8 @@ class StudentWeights(nn.Module):
         if self.composes:
             p = in_dtype(self.embedding_projection, dtype)
             projections["embedding"] = p
-            p_head = p if self.head_projection is None else self.head_projection.to(dtype)
-            weights["head"] = head_of(teacher.weights()).to(dtype) @ p_head
+            p_head = self.embedding_projection if self.head_projection is None else self.head_projection
+            weights["head"] = project(head_of(teacher.weights()).to(dtype), p_head, False)
         for name in ("embedding", "head"):
             if getattr(self, name) is not None:
                 weights[name] = in_dtype(getattr(self, name), dtype)
@@ -850,7 +901,7 @@ class Student(nn.Module):
         self.trained = StudentWeights(config, teacher_size, student, losses)
         self.composes = self.trained.composes
         self.run_block = clone_block  # train.py may compile it
-        self.chunk_loss = chunk_loss  # and this
+        self.run_chunk = run_chunk  # and this
         self.recompute = "none"  # what runs again in backward: "student", see clone_block, or "both"
         self.mean_squares = {}  # {activation: [layers]} of the teacher, from calibrate
 
@@ -913,7 +964,7 @@ class Student(nn.Module):
 
         # The heads. A plain model has no more than this.
         x_s = rms_norm(x_s, weights["norm"], self.config.rms_norm_eps)
-        part = {"num_labels": num_labels, "share": share, "loss_function": self.chunk_loss}
+        part = {"num_labels": num_labels, "share": share, "run": self.run_chunk}
         if self.teacher is None:
             return head_loss(x_s, head_of(weights), labels, **part)
         x_t = rms_norm(x_t, self.teacher.norm, self.teacher.config.rms_norm_eps)

@@ -445,10 +445,14 @@ def start_weights(model, train_data: Mixture, checkpoint_path: Path | None, devi
 
 def speed_up(model, device: torch.device) -> None:
     """Compiles and checkpoints the parts of the model that the options say."""
-    if compile or (compile is None and device.type == "cuda"):
+    if compiles(device):
         model.run_block = torch.compile(model.run_block)
-        model.chunk_loss = torch.compile(model.chunk_loss)
+        model.run_chunk = torch.compile(model.run_chunk)
     model.recompute = activation_checkpointing
+
+
+def compiles(device: torch.device) -> bool:
+    return device.type == "cuda" if compile is None else compile
 
 
 MATRICES_AT_ONCE = 32  # of one shape, that Muon stacks for its products on a device
@@ -468,6 +472,9 @@ class Muon:
         self.param_groups = [*groups, *adamw.param_groups]
         self.state = adamw.state  # one dict has the state of every parameter
         self.found_inf = None  # set by training_step
+        self.run_nesterov = nesterov
+        if compiles(groups[0]["params"][0].device):
+            self.run_nesterov = torch.compile(nesterov)
         for p in (p for group in groups for p in group["params"]):
             self.state[p]["momentum_buffer"] = torch.zeros_like(p.detach())
 
@@ -475,36 +482,50 @@ class Muon:
     def step(self) -> None:
         self.adamw.found_inf = self.found_inf
         self.adamw.step()
+        skips = self.found_inf.bool()
         for group in self.groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            buffers = [local_shard(self.state[p]["momentum_buffer"]) for p in parameters]
-            # Where the step is skipped, the momentum stands in for the gradient, and so stays what it is.
-            skips = self.found_inf.bool()
-            gradients = [local_shard(p.grad) for p in parameters]
-            gradients = [torch.where(skips, *pair) for pair in zip(buffers, gradients, strict=True)]
-            torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
-            updates = torch._foreach_lerp(gradients, buffers, self.momentum)
-            if group["weight_decay"]:
-                decay = torch.where(skips, 1.0, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_mul_([local_shard(p) for p in parameters], decay)
-
             by_shape = {}
-            for p, update in zip(parameters, updates, strict=True):
-                by_shape.setdefault(p.shape, []).append((p, update))
-            for shape, pairs in by_shape.items():
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            decay = torch.where(skips, 1.0, 1 - group["lr"] * group["weight_decay"])
+            for shape, parameters in by_shape.items():
                 scale = -0.2 * max(shape) ** 0.5 * group["lr"]
                 at_once = MATRICES_AT_ONCE * WORLD_SIZE // replicas
-                for first in range(0, len(pairs), at_once):
-                    some, updates = zip(*pairs[first : first + at_once], strict=True)
-                    # torch.optim.Muon too begins in bfloat16.
-                    stack = torch.stack([update.bfloat16() for update in updates]) * ~skips
-                    steps = orthogonalise_together(stack, some[0])
-                    torch._foreach_add_([local_shard(p) for p in some], [*steps], alpha=scale)
+                for first in range(0, len(parameters), at_once):
+                    some = parameters[first : first + at_once]
+                    steps = orthogonalise_together(self.updates(some, skips), some[0])
+                    shards = [local_shard(p) for p in some]
+                    if group["weight_decay"]:
+                        torch._foreach_mul_(shards, decay)
+                    torch._foreach_add_(shards, [*steps], alpha=scale)
+
+    def updates(self, parameters: list, skips: torch.Tensor) -> torch.Tensor:
+        """What is to be orthogonalised of matrices of one shape, stacked [n, rows here, columns]."""
+        stacks = []
+        for first in range(0, len(parameters), MATRICES_AT_ONCE):  # compiled, 256 at once take a minute
+            some = parameters[first : first + MATRICES_AT_ONCE]
+            gradients = [local_shard(p.grad) for p in some]
+            buffers = [local_shard(self.state[p]["momentum_buffer"]) for p in some]
+            stacks.append(self.run_nesterov(gradients, buffers, skips, self.momentum))
+        return torch.cat(stacks)
 
     def zero_grad(self, set_to_none: bool) -> None:
         self.adamw.zero_grad(set_to_none)
         for p in (p for group in self.groups for p in group["params"]):
             p.grad = None
+
+
+def nesterov(gradients: list, buffers: list, skips: torch.Tensor, momentum: float) -> torch.Tensor:
+    """Adds gradients to their momentum buffers, in place; returns what is to be orthogonalised, stacked.
+
+    In bfloat16, in which torch.optim.Muon begins too. Where the step is skipped, the momentum stands in for
+    the gradient, and so stays what it is.
+    """
+    gradients = [torch.where(skips, *pair) for pair in zip(buffers, gradients, strict=True)]
+    torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+    updates = torch._foreach_lerp(gradients, buffers, momentum)
+    return torch.stack([update.bfloat16() for update in updates]) * ~skips
 
 
 def orthogonalise_together(stack: torch.Tensor, p: torch.Tensor) -> torch.Tensor:

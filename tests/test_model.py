@@ -233,7 +233,7 @@ def test_chunked_loss_equals_the_formula(dtype, chunk, temperature, teacher):
     scales = 0.7, 0.3, temperature
     x, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     inputs = teacher_inputs if teacher else (None, None)
-    loss, lm, kl, teacher_lm, _ = ChunkedLoss.apply(x, w, labels, *inputs, scales, chunk, model.chunk_loss)
+    loss, lm, kl, teacher_lm, _ = ChunkedLoss.apply(x, w, labels, *inputs, scales, chunk, model.run_chunk)
     (3 * loss).backward()
     # Float32 against float64: rounding of 6e-8 in sums of some 50 terms. Of bfloat16 the same logits, then
     # float32; its gradients leave in bfloat16: one rounding, 2^-8, either way.
@@ -529,7 +529,7 @@ def test_compiled_training_has_no_graph_breaks_and_few_recompiles(documents):
     clone = random_clone()
     clone.run_block = torch.compile(clone.run_block, backend="aot_eager", fullgraph=True)
     clone.recompute = "student"
-    clone.chunk_loss = torch.compile(clone.chunk_loss, backend="aot_eager", fullgraph=True)
+    clone.run_chunk = torch.compile(clone.run_chunk, backend="aot_eager", fullgraph=True)
     for seed in range(5):
         made = clone.make()
         held = train.hold(made, accumulate=True)
