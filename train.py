@@ -35,7 +35,7 @@ share_gate_up = False  # one projection for gate and up, likewise
 tie_head_projection = True  # one projection for embedding and LM head
 student_rms_norm_eps = 1e-5  # epsilon of the student's RMSNorms
 # loss: lm_weight · CE + kl_weight · T² · KL + clone_weight · Σ clone terms
-lm_weight = 1.0  # next-token cross entropy
+lm_weight = 0.1  # next-token cross entropy (paper: 1); config/study/README.md has what it gives
 kl_weight = 1.0  # KL(teacher ‖ student) at kl_temperature, per token and times T²
 kl_temperature = 1.0  # T of the KL term (paper: 40)
 clone_weight = 0.2  # the sum of all clone losses (paper: alpha); 0 leaves them out
@@ -563,13 +563,14 @@ def orthogonalise_together(stack: torch.Tensor, p: torch.Tensor) -> torch.Tensor
 
 def orthogonalise(x: torch.Tensor) -> torch.Tensor:
     """Nearly U V^T of matrices U S V^T [n, rows, columns]: five Newton-Schulz iterations (Keller Jordan)."""
-    if x.shape[1] > x.shape[2]:
-        return orthogonalise(x.mT).mT
+    tall = x.shape[1] > x.shape[2]
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.mT
+        # By the shorter side. On a transposed x, bit for bit the same, a GPU's copies would be slow.
+        gram = x.mT @ x if tall else x @ x.mT
         gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, gram, x, beta=3.4445)
+        factors = (x, gram) if tall else (gram, x)
+        x = torch.baddbmm(x, *factors, beta=3.4445)
     return x
 
 

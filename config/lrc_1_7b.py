@@ -17,6 +17,7 @@ warmup_ratio = 0.005
 beta1, beta2, weight_decay = 0.9, 0.999, 0.0
 max_grad_norm = 1.0
 init = "random"  # N(0, 0.02)
+lm_weight = 1.0
 kl_temperature = 40.0
 kl_weight = 2048 / 40**2  # the authors' KL is summed over the sequence and has no T²
 clone_weight = 0.5  # alpha

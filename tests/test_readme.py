@@ -31,7 +31,6 @@ RUN = {
     "python convert.py --checkpoint=out/quickstart": (),
     "python sample.py --model=student --prompt=": ("--max_new_tokens=8",),
     "python train.py --init_from=student --eval_only=True": ("--eval_blocks=4",),
-    "python train.py --help": (),
     "python tools/compress.py --out=out/start": ("--calibration_tokens=1024", "--eval_blocks=4"),
     "python train.py --train=weights --init_from=out/quickstart": QUICK,
     "python train.py --train=weights --init_from=student": QUICK,

@@ -434,7 +434,7 @@ def test_a_resumed_run_says_how_its_schedule_changes(work, runs, teacher, corpus
     shutil.copytree(runs["clone"], out)
     options = clone_options(teacher, corpus, out, "--resume=True")
     done = succeed("train.py", *options, "--max_steps=21", "--learning_rate=0.001", "--lm_weight=0")
-    assert "lm_weight was 1.0 and is 0.0 from here on" in done.stdout
+    assert "lm_weight was 0.1 and is 0.0 from here on" in done.stdout
     assert "max_steps was 20 and is 21 from here on" in done.stdout
     assert "learning_rate was 0.003 and is 0.001 from here on" in done.stdout
     assert "at a learning rate of 5.00e-05" in done.stdout  # the last of 20 after the warmup

@@ -10,6 +10,7 @@ global_batch_size = 8
 micro_batch_size = 8
 max_steps = 100
 learning_rate = 3e-3
+lm_weight = 1.0  # as when these rows were run; train.py has 0.1 now
 eval_every = 5
 eval_blocks = 32
 save_every = 1_000_000  # only at the end, for what tools/study.py scores
