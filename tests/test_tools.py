@@ -1,6 +1,7 @@
 """study.py's table and plot.py's figure, from metrics.jsonl files written by hand; evaluate.py's scores."""
 
 import json
+import threading
 
 import evaluate
 import plot
@@ -59,12 +60,14 @@ def test_table(results):
 
 
 def test_study_runs_what_is_missing(results, tmp_path, monkeypatch, capsys):
-    """By commands that it prints; a run that is whole stays, and one is scored once."""
+    """Two at once, by commands that it prints; a run that is whole stays, and one is scored once."""
     calls = []
+    both = threading.Barrier(2)
 
     def call(directory, mode, command):
         calls.append(command[0])
         if command[0] == "train.py":
+            both.wait(timeout=30)
             directory.rmdir()
             write(directory, (4.0, 3.0, 2.5, 2.2))
             (directory / "step_00000004").mkdir()
@@ -72,18 +75,19 @@ def test_study_runs_what_is_missing(results, tmp_path, monkeypatch, capsys):
             (directory / "results.jsonl").write_text('{"agreement_length": 7.5}\n')
 
     monkeypatch.setattr(study, "call", call)
-    monkeypatch.setattr(study, "seeds", (1,))
+    monkeypatch.setattr(study, "seeds", (1, 2))
+    monkeypatch.setattr(study, "at_once", 2)
     more = f"--out_dir={tmp_path} --max_steps=4 --global_batch_size=1 --seq_len=250"
     monkeypatch.setattr(study, "variants", (f"no_ffn {more}",))
     for _ in range(2):
         study.main()
-    assert calls == ["train.py", "tools/evaluate.py"]
+    assert sorted(calls) == ["tools/evaluate.py"] * 2 + ["train.py"] * 2
     printed = capsys.readouterr().out
     assert (
         "python train.py config/study/base.py \"--clone_skip=('gate', 'up', 'mlp_out')\" --out_dir" in printed
     )
-    assert "1 of 1 runs are done" in printed and "| 2.200 |" in printed and "| 7.5 |" in printed
-    (file,) = tmp_path.glob("no_ffn*/metrics.jsonl")
+    assert "2 of 2 runs are done" in printed and "| 2.200 |" in printed and "| 7.5 |" in printed
+    file, _ = tmp_path.glob("no_ffn*/metrics.jsonl")
     file.write_text(file.read_text()[:-20])  # killed while it wrote its last line
     assert not study.finished_lines(file.parent, study.options_of(study.variants[0]))
     with pytest.raises(ValueError, match="there is no variant 'both'; there are scratch, "):

@@ -130,13 +130,13 @@ def read_task(name: str) -> list[tuple[str, dict[str, float]]]:
 @torch.no_grad()
 def log_likelihoods(llama: Llama, text: list[int], choices: list[list[int]]) -> list[float]:
     """log p(choice | text) of each choice, summed over its tokens; all are ids."""
-    found = []
-    for choice in choices:
-        ids = torch.tensor([text + choice], device=llama.norm.device)
-        # The logits at each position are for the token after it.
-        scores = llama(ids)[0, len(text) - 1 : -1].log_softmax(-1)
-        found.append(scores[range(len(choice)), choice].sum().item())
-    return found
+    rows = [text + choice for choice in choices]
+    longest = max(map(len, rows))
+    # Filled up behind, where causal attention does not look.
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=llama.norm.device)
+    # The logits at each position are for the token after it.
+    scores = llama(ids)[:, len(text) - 1 : -1].log_softmax(-1)
+    return [scores[i, range(len(choice)), choice].sum().item() for i, choice in enumerate(choices)]
 
 
 def score_model(llama: Llama, tokenizer_dir: str, questions: list[tuple[str, dict]], desc: str) -> dict:

@@ -16,6 +16,7 @@ base = "config/study/base.py"  # config file of all runs: data, tokens, evaluati
 variants: tuple | None = None  # names in config/study/variants.py, each with options behind; None: all
 seeds: tuple = (1, 2)  # of weights and data order; each a run
 run = True  # train what is missing; False: only the commands and the table
+at_once = 1  # runs beside each other: a small model leaves most of a GPU idle
 
 if __name__ == "__main__":
     import os
@@ -36,6 +37,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
@@ -138,24 +140,28 @@ def table(results: dict[str, list[list[dict]]]) -> str:
 
 
 def main() -> None:
-    results = {}
+    jobs = {}  # {(variant, seed): what `complete` takes}
     for variant in VARIANTS if variants is None else variants:
         options = options_of(variant)
-        results[variant] = []
         for seed in seeds:
             name = "_".join([*variant.split(), str(seed)]).replace("_--", "_").replace("/", "-")
             directory = Path(options["out_dir"]) / name
             command = ["train.py", *arguments_of(variant), f"--seed={seed}", f"--out_dir={directory}"]
             words = [json.dumps(word) if "'" in word else word for word in command]
             print("python", *words, flush=True)
-            if run:
-                complete(directory, command, options)
-            if lines := finished_lines(directory, options):
-                for score in read_lines(directory / "results.jsonl")[-1:]:
-                    lines[-1]["agreement_length"] = score["agreement_length"]
-                results[variant].append(lines)
+            jobs[variant, seed] = directory, command, options
+    if run:
+        with ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(lambda job: complete(*job), jobs.values()))
+    results = {}
+    for (variant, _), (directory, _, options) in jobs.items():
+        runs = results.setdefault(variant, [])
+        if lines := finished_lines(directory, options):
+            for score in read_lines(directory / "results.jsonl")[-1:]:
+                lines[-1]["agreement_length"] = score["agreement_length"]
+            runs.append(lines)
     done = sum(map(len, results.values()))
-    print(f"\n{done} of {len(results) * len(seeds)} runs are done, {base}\n")
+    print(f"\n{done} of {len(jobs)} runs are done, {base}\n")
     print(table(results))
 
 
