@@ -386,7 +386,7 @@ def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += product(a, b)
 
 
-def run_chunk(logits, labels, teacher_logits, temperature: float, weights: tuple, dtype: torch.dtype):
+def run_chunk(logits, labels, teacher_logits, temperature: float, weights: list | None, dtype: torch.dtype):
     """(chunk_loss's costs, the gradient [n, V] by logits of their sums times `weights`, in dtype).
 
     weights: of "lm" and "kl", as tensors, since a compiled function is compiled anew for another number; None
@@ -427,9 +427,8 @@ class ChunkedLoss(torch.autograd.Function):
         costs = {name: hidden.new_zeros(tokens, dtype=sum_dtype) for name in names}
         weights = None
         if any(ctx.needs_input_grad):
-            weights = [
-                torch.as_tensor(x, dtype=sum_dtype, device=hidden.device) for x in (lm_scale, kl_scale)
-            ]
+            # Filled on the device: a number that is copied there makes the CPU wait for a GPU.
+            weights = [hidden.new_zeros((), dtype=sum_dtype) + scale for scale in (lm_scale, kl_scale)]
             hidden_grad = torch.empty_like(hidden)
             head_grad = torch.zeros_like(head, dtype=sum_dtype)
         # On a CPU the vocabulary is the logits' outer dimension: their products are up to a third faster.

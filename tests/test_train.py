@@ -1,8 +1,12 @@
 """train.py's schedule, optimizer and clipping by themselves, each against its formula."""
 
+import traceback
+
+import bench
 import pytest
 import torch
-from test_model import make_clone, random_batch, random_llama
+from test_model import make_clone, random_batch, random_llama, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as models
 import train
@@ -91,3 +95,30 @@ class Blocks:
 
     def count_labels(self, first, count):
         return int((self.batch(first, count).labels != -100).sum())
+
+
+class Numbers(TorchDispatchMode):
+    """Notes where a number goes to a device, or comes from it: on a GPU each is a wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made_of_a_number = function is torch.ops.aten.lift_fresh.default and args[0].ndim == 0
+        if made_of_a_number or function is torch.ops.aten._local_scalar_dense.default:
+            frame = [f for f in traceback.extract_stack() if "site-packages" not in f.filename][-2]
+            self.calls.append(f"{frame.filename}:{frame.lineno}: {frame.line}")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_waits_for_no_gpu(optimizer, monkeypatch):
+    options = {"teacher": tiny(), "student_hidden_size": 16, "seq_len": 12, "optimizer": optimizer}
+    options |= {"global_batch_size": 4, "micro_batch_size": 2, "load_teacher": bench.random_teacher}
+    for name, value in options.items():
+        monkeypatch.setattr(train, name, value)
+    step = bench.make_step(torch.device("cpu"))
+    with Numbers() as numbers:
+        step(0)
+    assert numbers.calls == []
