@@ -328,7 +328,7 @@ def chunk_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, te
             of_label = torch.where(is_label, z, 0.0).sum(-1)
         else:
             of_label = z.gather(-1, label)[:, 0]
-        return torch.where(labelled, log_sum - of_label, 0.0)
+        return (log_sum - of_label) * labelled
 
     *_, log_sum = log_sum_exp(logits)
     costs = {"lm": cross_entropy(logits, log_sum)}

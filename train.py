@@ -566,7 +566,7 @@ def orthogonalise(x: torch.Tensor) -> torch.Tensor:
     tall = x.shape[1] > x.shape[2]
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        # By the shorter side. On a transposed x, bit for bit the same, a GPU's copies would be slow.
+        # By the shorter side: bit for bit what x.mT gives, without copies of a transposed view.
         gram = x.mT @ x if tall else x @ x.mT
         gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         factors = (x, gram) if tall else (gram, x)
