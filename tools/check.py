@@ -37,6 +37,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
 
@@ -58,6 +59,7 @@ GOLDEN = ROOT / "tests/golden"
 TEACHER = ROOT / "data/quickstart/teacher"
 TRAIN = ROOT / "train.py"
 TIME_LIMIT = 600  # seconds for one run
+POOL = ThreadPoolExecutor(4)  # of runs: on GPUs four at once, on a CPU as their lines come
 
 
 class Failed(Exception):
@@ -219,20 +221,25 @@ RUNS = {
 
 
 @functools.cache
-def finished(work: Path, name: str) -> Path:
-    """The directory of a run of RUNS, which is done once: six steps, evaluated and saved at 3 and 6."""
+def begun(work: Path, name: str) -> Future:
+    """A run of RUNS, which is done once, in a thread: six steps, evaluated and saved at 3 and 6."""
     corpus = work / "corpus"
     if not corpus.exists():
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             sources = tuple(f"{ROOT}/{folder}*.py" for folder in ("", "tools/", "tests/", "config/"))
             write_shards(sources, corpus, str(TEACHER), heldout_fraction=0.3)
-    launch(
-        1 if name in ("alone", "compiled") else processes, TRAIN,
+    return POOL.submit(
+        launch, 1 if name in ("alone", "compiled") else processes, TRAIN,
         f"--data={corpus}", f"--out_dir={work / name}", "--seq_len=64", "--calibration_tokens=2048",
         f"--global_batch_size={2 * processes}", "--micro_batch_size=1", "--max_steps=6", "--save_every=3",
         "--eval_every=3", "--eval_blocks=3", "--log_every=1", "--keep_last=2", "--sample_prompt=",
         "--warmup_ratio=0", "--learning_rate=1e-3", *RUNS[name],
     )  # fmt: skip
+
+
+def finished(work: Path, name: str) -> Path:
+    """The directory of a run, when it has ended."""
+    begun(work, name).result()
     return work / name
 
 
@@ -391,6 +398,9 @@ def main() -> int:
     print(header(), flush=True)
     counts = Counter()
     with tempfile.TemporaryDirectory(prefix="lrc_check_") as work:
+        if device == "cuda" and not only:
+            for name in ("alone", "fsdp", "compiled", "bfloat16"):
+                begun(Path(work), name)
         for name, why_not, function, *arguments in checks(Path(work)):
             if only and not name.startswith(only):
                 continue
