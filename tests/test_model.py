@@ -251,6 +251,26 @@ def test_chunked_loss_equals_the_formula(dtype, chunk, temperature, teacher):
             assert relative(teacher_lm, direct_loss(teacher_z, labels, None, *scales)[1]) < 1e-5
 
 
+@pytest.mark.parametrize("temperature", [1.0, 40.0])
+def test_compiled_a_chunk_has_the_same_loss_and_gradient(temperature):
+    """It picks the label's logit another way than without a compiler."""
+    logits, teacher_logits = normal(torch.float32, (6, 50), (6, 50), std=3.0)
+    labels = torch.tensor([3, -100, 0, 49, -100, 7])
+    arguments = (
+        logits,
+        labels,
+        teacher_logits,
+        temperature,
+        [torch.tensor(0.7), torch.tensor(0.3)],
+        torch.float32,
+    )
+    compiled = torch.compile(model.run_chunk, backend="aot_eager", fullgraph=True)
+    (costs, grad), (expected, expected_grad) = compiled(*arguments), model.run_chunk(*arguments)
+    assert costs.keys() == expected.keys() and relative(grad, expected_grad) < 1e-5
+    for name, values in costs.items():
+        assert torch.allclose(values, expected[name], rtol=1e-5, atol=1e-6), name
+
+
 def test_rms_norm_is_float32_inside():
     x, weight = normal(torch.bfloat16, (8, 96), (96,))
     wide = x.float() * (x.float().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.float()
