@@ -317,7 +317,8 @@ def chunk_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, te
     "lm" is the cross entropy, 0 where the label is -100; "kl" is KL(teacher ‖ student) at the temperature;
     "teacher_lm", only at temperature 1, the teacher's cross entropy; "agreement", only under no_grad, which
     is how an evaluation is told everywhere, 1 where both have the same likeliest token.
-    Any differentiable function may stand here: autograd has its gradient.
+    Any differentiable function may stand here: torch.func has its gradient, to which an autograd.Function
+    needs a setup_context.
     """
     labelled = labels != -100
     label = labels.clamp(min=0)[:, None]
@@ -390,8 +391,7 @@ def run_chunk(logits, labels, teacher_logits, temperature: float, weights: list 
     """(chunk_loss's costs, the gradient [n, V] by logits of their sums times `weights`, in dtype).
 
     weights: of "lm" and "kl", as tensors, since a compiled function is compiled anew for another number; None
-    in an evaluation, which has no gradient. Both in one function: compiled, it reads the logits half as often
-    as a forward and a backward pass by autograd.
+    in an evaluation, which has no gradient. Both in one function: compiled, one kernel has both.
     """
     if weights is None:
         return chunk_loss(logits, labels, teacher_logits, temperature), None

@@ -256,14 +256,8 @@ def test_compiled_a_chunk_has_the_same_loss_and_gradient(temperature):
     """It picks the label's logit another way than without a compiler."""
     logits, teacher_logits = normal(torch.float32, (6, 50), (6, 50), std=3.0)
     labels = torch.tensor([3, -100, 0, 49, -100, 7])
-    arguments = (
-        logits,
-        labels,
-        teacher_logits,
-        temperature,
-        [torch.tensor(0.7), torch.tensor(0.3)],
-        torch.float32,
-    )
+    weights = [torch.tensor(0.7), torch.tensor(0.3)]
+    arguments = logits, labels, teacher_logits, temperature, weights, torch.float32
     compiled = torch.compile(model.run_chunk, backend="aot_eager", fullgraph=True)
     (costs, grad), (expected, expected_grad) = compiled(*arguments), model.run_chunk(*arguments)
     assert costs.keys() == expected.keys() and relative(grad, expected_grad) < 1e-5

@@ -140,6 +140,8 @@ def table(results: dict[str, list[list[dict]]]) -> str:
 
 
 def main() -> None:
+    if at_once < 1:
+        raise ValueError(f"at_once is {at_once}; it must be at least 1")
     jobs = {}  # {(variant, seed): what `complete` takes}
     for variant in VARIANTS if variants is None else variants:
         options = options_of(variant)
