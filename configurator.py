@@ -106,6 +106,20 @@ def choose_device(name: str | None):
     return device
 
 
+def lock(directory: Path) -> None:
+    """Holds a directory for this process until it ends, however it does; ValueError while another has it."""
+    import fcntl  # which Windows has not, where data can be read
+
+    # Never closed, which would end the lock. A process that is forked does not have it, as by flock it would.
+    file = os.open(directory / "lock", os.O_WRONLY | os.O_CREAT)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"another process is writing {directory}") from None
+    except OSError as error:  # some file systems over a network have no locks
+        print(f"{directory} cannot be locked ({error}): start no second run in it", file=sys.stderr)
+
+
 def need_compiler(device_type: str) -> None:
     """ValueError where torch.compile lacks the C++ compiler that it needs on a CPU."""
     if device_type == "cpu" and not shutil.which(os.environ.get("CXX", "g++").split()[0]):

@@ -71,19 +71,22 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 from tqdm import tqdm
 
-from configurator import fail, need, read_json, sha256, show, write_json
+from configurator import fail, lock, need, read_json, sha256, show, write_json
 
 FORMAT = 2
 HEADER = 128  # bytes before the values of a one-dimensional .npy file
 BLOCK = 2**16  # bytes read at a time where neither lines nor documents say how many
 PIECE = 2**20  # characters tokenized at a time: longer documents are cut between two lines
-LINE_END = re.compile(r"\S\n(?=\S)")  # between two lines, neither of them blank
+LINE_END = re.compile(r"\S\r?\n(?=\S)")  # between two lines, neither of them blank
 LONGEST_TEXT = 2**24  # bytes in which a .txt file is one document; a longer one is several
 LONGEST_ROW = 2**26  # bytes in which a line, or the array of a .json file, must end
 OPEN_ARRAYS = 256  # shard files open at a time, of the 1024 that a process may have on many systems
 PAD_TO = 128  # tokens to whose multiple a batch of SFT rows is padded: a new length costs a GPU a new plan
 CHAT_KEYS = {"messages", "conversations"}  # fields of which a row has one if it is a chat
 SAID_TOO = ("tool_calls", "reasoning_content")  # what an assistant can say beside content
+OTHER_NAMES = ("thinking", "reasoning")  # of reasoning_content, as transformers takes them
+ROLES = {"human": "user", "gpt": "assistant"}  # by what conversations call them
+ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
 CUT = "\ufdd0"  # put into a special token's string that a chat spells out; Unicode keeps it for such uses
 MARK = "\ufdd1"  # put in place of what an assistant says, to find where the template writes it
 BOM = b"\xef\xbb\xbf"  # a byte order mark, which is no content
@@ -105,8 +108,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     model.no_truncation()
     model.no_padding()
     config = tokenizer_config(path)
-    # transformers 5 makes this class's parts anew, without a second space before a text; 4.51 did not.
+    # transformers 5 makes this class's parts anew, without a second space before a text; 4.51 did not. Of a
+    # Mistral it takes the file as it is, which also names this class.
     is_llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+    beside = Path(path) / "config.json"
+    is_llama = is_llama and not (beside.is_file() and read_json(beside).get("model_type") == "mistral")
     if is_llama and "ByteLevel" not in f"{model.decoder} {model.pre_tokenizer}":
         scheme = "always" if config.get("legacy") else "first"
         scheme = "never" if config.get("add_prefix_space") is False else scheme
@@ -150,7 +156,8 @@ def tokenizer_config(path: str | Path) -> dict:
     config |= {name: content(token) for name, token in config.items() if name.endswith("_token")}
     more = more.values() if isinstance(more, dict) else more
     config["additional_special_tokens"] = [content(token) for token in more]
-    return {"added_tokens_decoder": {i: token for token, i in ids.items()}} | config
+    decoder = {i: token for token, i in ids.items()}
+    return config | {"added_tokens_decoder": config.get("added_tokens_decoder") or decoder}
 
 
 def special_ids(tokenizer: Tokenizer, path: str | Path) -> tuple[list[int], int | None]:
@@ -170,7 +177,11 @@ def special_pattern(tokenizer: Tokenizer) -> re.Pattern:
 
 
 def break_specials(special: re.Pattern, value):
-    """A text, or an object with texts in it, with CUT in every special token's string that it spells out."""
+    """A text, or an object with texts in it, with CUT in every special token's string that it spells out.
+
+    ValueError where CUT or MARK is in it already."""
+    if isinstance(value, str) and (CUT in value or MARK in value):
+        raise ValueError(f"it has {CUT!a} or {MARK!a} in it, which Unicode keeps for programs")
     if isinstance(value, str):
         return special.sub(lambda match: match[0][0] + CUT + match[0][1:], value)
     if isinstance(value, dict):
@@ -271,11 +282,13 @@ def chat_template(path: str | Path) -> Callable[..., str]:
             raise ValueError(f"the chat template of {path} is broken: {error}") from None
     fixed = {name: token for name, token in config.items() if name.endswith("_token") and token}
 
-    def render(messages: list[dict], tools: list[dict] | None = None, add_generation_prompt=False) -> str:
+    def render(
+        messages: list[dict], tools: list[dict] | None = None, add_generation_prompt=False, **more
+    ) -> str:
         template = templates["tool_use" if tools is not None and "tool_use" in templates else "default"]
         options = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
-            return template.render(messages=messages, **fixed | options)
+            return template.render(messages=messages, **fixed | options | more)
         except Exception as error:  # whatever a template does not like about a chat
             raise ValueError(f"the chat template: {error}") from None
 
@@ -318,10 +331,12 @@ def find_files(input: str | list[str]) -> list[Path]:
             there = os.path.dirname(there)
         pathname = glob.escape(there) + pattern[len(there) :]
         matches = sorted(Path(f) for f in glob.glob(pathname, recursive=True) if os.path.isfile(f))
+        if os.path.isdir(pattern):
+            raise ValueError(f"input {pattern} is a directory; name its files: '{pattern}/**/*.parquet'")
         if not matches:
             raise ValueError(f"input {pattern} matches no file")
         files += matches
-    return files
+    return list(dict.fromkeys(files))  # one that several patterns match is read once
 
 
 def columns_of(key: str) -> set[str]:
@@ -348,12 +363,14 @@ def split_file(file: Path, settings: dict) -> Iterator[Part]:
         return
     # Here what cannot be opened, or lacks a package, is told before any work.
     with open_stream(file, compression) as stream:
-        if kind == "json" and size > LONGEST_ROW and begins_array(stream):
-            raise ValueError(f"{file} is {ARRAY_TOO_LONG}")
+        is_array = kind == "json" and begins_array(stream)
+    if is_array and size > LONGEST_ROW:
+        raise ValueError(f"{file} is {ARRAY_TOO_LONG}")
     # Lines are cut into small parts, so that units of them are of one size; a part of a text is a document.
-    steps = {"jsonl": max(1, settings["unit_bytes"] // 16), "txt": LONGEST_TEXT}
-    # What is compressed, or can be an array, is read from its start.
-    step = sys.maxsize if compression else steps.get(kind, sys.maxsize)
+    step = LONGEST_TEXT if kind == "txt" else max(1, settings["unit_bytes"] // 16)
+    # What is compressed, or an array, is read from its start.
+    if compression or is_array:
+        step = sys.maxsize
     for start in range(0, size, step):
         yield Part(file, start, start + step, min(step, size - start))
 
@@ -460,7 +477,8 @@ def read_rows(part: Part, kind: str, compression: str | None, settings: dict) ->
     """(where in its file, row) of a part; one of UNREADABLE where the file is damaged."""
     if kind == "parquet":
         parquet = open_parquet(part.file)
-        wanted = columns_of(settings["text_key"]) | columns_of(settings["score_key"]) | CHAT_KEYS | {"tools"}
+        wanted = columns_of(settings["text_key"]) | columns_of(settings["score_key"]) | CHAT_KEYS
+        wanted |= {"tools", "chat_template_kwargs"}
         columns = [name for name in parquet.schema_arrow.names if name in wanted]
         # The other cores have workers of their own.
         batches = parquet.iter_batches(256, [part.start], columns, use_threads=False)
@@ -469,7 +487,7 @@ def read_rows(part: Part, kind: str, compression: str | None, settings: dict) ->
             yield f"row group {part.start}, row {number}", drop_nulls(row)
         return
     with open_stream(part.file, compression) as stream:
-        if kind == "json" and begins_array(stream):
+        if kind == "json" and part.start == 0 and begins_array(stream):
             # In memory as a whole.
             data = stream.read(LONGEST_ROW + 1)
             if len(data) > LONGEST_ROW:
@@ -506,13 +524,14 @@ class Encoder:
             self.dtypes["mask"] = "uint8"
             chat_template(settings["tokenizer"])
 
-    def encode_chat(self, turns: list[dict], tools) -> tuple[str, list[int], list[bool]]:
+    def encode_chat(self, turns: list[dict], tools=None, more=None) -> tuple[str, list[int], list[bool]]:
         """(rendered text, ids, loss mask: the assistant's turns, each with the special token that ends it).
 
-        The chat is rendered a second time, with MARK as what the assistant says. Between special tokens, of
-        which the turns themselves have none by CUT, a turn is where the two differ; so it is found whatever
-        the template adds, trims or leaves out. What both have stays out: the empty <think> block that Qwen3
-        puts before the last answer, part of the prompt when it answers. A thought that it keeps is in.
+        tools, more: what the template gets beside the turns, as `tools` and by name. Without sft there is no
+        mask. With it the chat is rendered a second time, with MARK as what the assistant says. Between
+        special tokens, of which the turns themselves have none by CUT, a turn is where the two differ; so it
+        is found whatever the template adds, trims or leaves out. It begins where the template's prompt for a
+        reply ends: the <think> block that Qwen3 writes itself before the last answer is part of the turn.
         """
         tools = json.loads(tools or "null") if isinstance(tools, str) else tools
         if not all(isinstance(tool, dict) for tool in tools or []):
@@ -524,35 +543,47 @@ class Encoder:
             # Chats come as messages of role and content, and as conversations of from and value.
             turn = {"role": turn.get("from"), "content": turn.get("value"), **turn}
             turn = {key: value for key, value in turn.items() if value is not None}
+            for name in OTHER_NAMES:
+                if name in turn:
+                    turn.setdefault("reasoning_content", turn[name])
             role = turn.get("role")
-            role = turn["role"] = {"human": "user", "gpt": "assistant"}.get(role, role)
+            # A role that a template does not know is left out of the chat by some.
+            if "from" in turn and role not in ROLES:
+                raise ValueError(f"a turn is from {role!r}, which is none of {', '.join(ROLES)}")
+            role = turn["role"] = ROLES.get(role, role)
             calls = role == "assistant" and any(turn.get(key) for key in SAID_TOO)
             if not (isinstance(role, str) and isinstance(turn.get("content", "" if calls else None), str)):
                 raise ValueError("a turn without a role (from) or without text as its content (value)")
-            if calls and self.settings["sft"]:
+            if calls:
                 longer.append(len(chat))
             chat.append(break_specials(self.special, turn))
             marked.append({**chat[-1], "content": MARK} if role == "assistant" and not calls else chat[-1])
-        tools = break_specials(self.special, tools)
-        render = functools.partial(chat_template(self.settings["tokenizer"]), tools=tools)
+        tools, more = break_specials(self.special, [tools, more or {}])
+        render = functools.partial(chat_template(self.settings["tokenizer"]), tools=tools, **more)
         whole = render(chat)
+        if not self.settings["sft"]:
+            return whole.replace(CUT, ""), self.encode_rendered(whole), []
         # Lists of text, special token, text, …, of one length if the answers do not change the template.
         full = self.special.split(whole)
         skeleton = self.special.split(render(marked))
-        if MARK in whole or full[1::2] != skeleton[1::2]:
+        if full[1::2] != skeleton[1::2]:
             raise ValueError("the template's special tokens depend on what the assistant says")
 
         # Of each turn its first text, what the prompt has of that, and the special token that ends it.
         bounds = [self.turn_bounds(render, chat, i, full) for i in longer]
         for i, pattern in enumerate(skeleton):
             before, mark, after = pattern.partition(MARK)
-            if after.strip() and self.settings["sft"]:
+            if after.strip():
                 raise ValueError("the template ends an assistant's turn without a special token")
             if mark:
                 bounds.append((i, before, min(i + 1, len(full) - 1)))
         # The whole rendering, each turn of the assistant's between two MARKs.
         text = list(full)
+        prompted = render(chat, add_generation_prompt=True)
+        prompt = self.special.split(prompted)[-1]
         for first, before, last in bounds:
+            if prompted != whole and before.startswith(prompt):
+                before = prompt  # what the template writes behind it is for the model to write
             # Up to here the prompt is the same whatever the answer; a turn ends with the token after it.
             start = len(os.path.commonprefix([full[first], before]))  # noqa: RUF071
             if puts_space_first(self.model):  # its words begin with their space
@@ -564,13 +595,16 @@ class Encoder:
         mask = []
         goes_on = False
         for i, segment in enumerate("".join(text).split(MARK)):
-            if self.settings["special_tokens"]:
-                segment = segment.replace(CUT, "")
-            new = encode_rendered(self.model, segment, goes_on)
+            new = self.encode_rendered(segment, goes_on)
             goes_on = self.special.split(segment)[-1] != ""  # not behind a special token
             ids += new
             mask += [i % 2 == 1] * len(new)
         return whole.replace(CUT, ""), ids, mask
+
+    def encode_rendered(self, text: str, goes_on: bool = False) -> list[int]:
+        if self.settings["special_tokens"]:
+            text = text.replace(CUT, "")
+        return encode_rendered(self.model, text, goes_on)
 
     def turn_bounds(self, render: Callable, chat: list[dict], i: int, full: list[str]) -> tuple:
         """encode_chat's bounds of turn i, which says more than content, such as tool_calls: from where MARK
@@ -612,7 +646,7 @@ class Encoder:
         turns = row.get("messages") or row.get("conversations")
         if turns:
             try:
-                text, ids, mask = self.encode_chat(turns, row.get("tools"))
+                text, ids, mask = self.encode_chat(turns, row.get("tools"), row.get("chat_template_kwargs"))
             except Exception as error:  # whatever a template does not like about a chat
                 raise ValueError(f"chat: {error}") from None
         elif settings["sft"]:
@@ -701,7 +735,9 @@ def write_unit(number: int, parts: list[Part]) -> dict:
     partial = WORKER["partial"]
     done = partial / f"unit_{number:05d}.json"
     if done.is_file():
-        return read_json(done)
+        result = read_json(done)
+        if not any(damaged_files(partial / "shards", shard) for shard in result["shards"].values()):
+            return result
     result = {"filtered": 0, "bad": [], "shards": {}}
     writers = {}
     rows = ((part.file, *row) for part in parts for row in read_part(part, encoder.settings))
@@ -725,6 +761,12 @@ def write_unit(number: int, parts: list[Part]) -> dict:
     # Where this file is there, so are the shards.
     write_json(done, result)
     return result
+
+
+def damaged_files(directory: Path, shard: dict) -> list[Path]:
+    """The files of a shard, by its entry in meta.json, that are missing or not what was written."""
+    files = {directory / name: written for name, written in shard["sha256"].items()}
+    return [file for file, written in files.items() if not file.is_file() or sha256(file) != written]
 
 
 def run_units(units: list[list[Part]], workers: int, worker: dict) -> list[dict]:
@@ -803,22 +845,15 @@ def write_shards(
     found = [file for pattern in patterns for file in sorted(Path(tokenizer).glob(pattern))]
     settings["tokenizer_files"] = {file.name: sha256(file) for file in found}
     if out.exists():
-        check_settings(read_json(out / "meta.json")["settings"], settings, out)
+        check_settings(read_meta(out)["settings"], settings, out)
         # Left by a call that was killed before its very last step.
         shutil.rmtree(partial, ignore_errors=True)
         print(f"{out} is there already, made with the same settings")
         return
 
     units = plan_units(files, settings)
-    import fcntl  # which Windows has not; the readers below work there too
-
     (partial / "shards").mkdir(parents=True, exist_ok=True)
-    # This process's until it ends, however it does.
-    lock = open(partial / "lock", "w")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"another process is writing {partial}") from None
+    lock(partial)
     # Units that other settings made do not go with these.
     if (partial / "settings.json").is_file():
         check_settings(read_json(partial / "settings.json"), settings, partial)
@@ -853,7 +888,6 @@ def write_shards(
     write_json(partial / "shards/meta.json", meta)
     (partial / "shards").rename(out)
     shutil.rmtree(partial)
-    lock.close()
     print(f"{out}: {counts}")
     if heldout_fraction and not documents["heldout"]:
         advice = "give more and shorter ones (files, or lines of .jsonl), or a larger --heldout_fraction"
@@ -868,8 +902,8 @@ def read_meta(path: Path) -> dict:
     if not (path / "meta.json").is_file():
         raise ValueError(f"{path} has no meta.json: not a shard directory (prepare.py writes one)")
     meta = read_json(path / "meta.json")
-    if meta["format"] != FORMAT:
-        raise ValueError(f"{path} has shard format {meta['format']}, not {FORMAT}: prepare it again")
+    if meta.get("format") != FORMAT:
+        raise ValueError(f"{path} has shard format {meta.get('format')}, not {FORMAT}: prepare it again")
     return meta
 
 
@@ -988,8 +1022,16 @@ class Mixture:
         self.seq_len = seq_len
         self.seed = seed
         self.sft = sft
+        if not data:
+            raise ValueError("data is {}; it must name a shard directory")
+        for source, budget in zip(self.sources, data.values(), strict=True):
+            least = source.tokens_per_block
+            is_number = isinstance(budget, int | float)
+            if budget is not None and not (is_number and least <= budget < math.inf):
+                wanted = f"None, or a number of at least {math.ceil(least)}, which is a block"
+                raise ValueError(f"data has {budget!r} tokens of {source.path}; it must be {wanted}")
         self.shares = [
-            source.blocks if budget is None else max(1, int(budget / source.tokens_per_block))
+            source.blocks if budget is None else int(budget / source.tokens_per_block)
             for source, budget in zip(self.sources, data.values(), strict=True)
         ]
         # Of each source among an epoch's samples, unshuffled.
@@ -1035,9 +1077,6 @@ def describe(directory: str) -> None:
     """Prints what a shard directory holds; ValueError names a file that is not what was written."""
     path = Path(directory)
     meta = read_meta(path)
-    model = load_tokenizer(meta["tokenizer"])
-    if vocabulary_hash(model) != meta["vocabulary_hash"]:
-        raise ValueError(f"{meta['tokenizer']} is no longer the tokenizer that {path} was written with")
     print(f"{path}: {'SFT rows' if meta['sft'] else 'packed text'} from {meta['settings']['input']}")
     print(f"  {meta['settings']['input_files']}; {meta['filtered']:,} filtered out, {meta['bad']:,} bad")
     for reason in meta["first_bad"]:
@@ -1045,12 +1084,14 @@ def describe(directory: str) -> None:
     print(f"  {meta['vocab_size']:,} token ids of {meta['tokenizer']}, as {meta['dtype']}")
     for split, shards in meta["splits"].items():
         for shard in show(shards, desc="verifying", unit="shard"):
-            for name, written in shard["sha256"].items():
-                if not (path / name).is_file() or sha256(path / name) != written:
-                    raise ValueError(f"{path / name} is missing or damaged: its sha256 is not meta.json's")
+            for file in damaged_files(path, shard):
+                raise ValueError(f"{file} is missing or damaged: its sha256 is not meta.json's")
         tokens = sum(shard["tokens"] for shard in shards)
         counts = f"{meta['documents'][split]:,} documents, {tokens:,} tokens in {len(shards)} shards"
         print(f"{split}: {counts}; every file has the checksum it was written with")
+    model = load_tokenizer(meta["tokenizer"])
+    if vocabulary_hash(model) != meta["vocabulary_hash"]:
+        raise ValueError(f"{meta['tokenizer']} is no longer the tokenizer that {path} was written with")
     source = Shards(path, "tokens", 1, meta["sft"])
     ids = source.array(0, "tokens")[: min(256, source.array(0, "ends")[0])]
     print(f"  first   {model.decode(ids, skip_special_tokens=False)!r}")

@@ -100,7 +100,6 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -123,7 +122,7 @@ from tqdm import tqdm
 
 import convert
 import model as models
-from configurator import choose_device, need_compiler, read_lines, show
+from configurator import choose_device, lock, need_compiler, read_lines, show
 from prepare import Mixture, encode_text, load_tokenizer, special_ids, vocabulary_hash, write_shards
 from sample import generate, turn_end_ids
 
@@ -379,19 +378,6 @@ def turn_ends(tokenizer_dir: str | None) -> tuple[int, ...]:
     except ValueError as error:
         print0(f"generation_config.json has no end of turn: {error}")
         return ()
-
-
-def lock_out_dir() -> None:
-    """Holds out_dir for this run until its process ends, however it does; ValueError while another has it."""
-    os.makedirs(out_dir, exist_ok=True)
-    # Never closed, which would end the lock. A process that is forked does not have it, as by flock it would.
-    lock = os.open(Path(out_dir) / "lock", os.O_WRONLY | os.O_CREAT)
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"another train.py is writing {out_dir}; choose another --out_dir") from None
-    except OSError as error:  # some file systems over a network have no locks
-        print(f"{out_dir} cannot be locked ({error}): start no second run in it", file=sys.stderr)
 
 
 def open_data(vocab_size: int, tokenizer_dir: str | None) -> tuple[Mixture, Mixture | None]:
@@ -1068,7 +1054,7 @@ def main() -> None:
     state = read_state(last) if last else {"step": 0, "optimizer_steps": 0}
     start = state["step"]
     if RANK == 0 and not eval_only and Path(out_dir).is_dir():
-        lock_out_dir()
+        lock(Path(out_dir))
 
     # ---- model, data, optimizer
     tokenizer_dir = tokenizer_directory()
@@ -1092,7 +1078,8 @@ def main() -> None:
     # ---- logs and signals
     if RANK == 0:
         # Made now, when nothing is left to be refused.
-        lock_out_dir()
+        os.makedirs(out_dir, exist_ok=True)
+        lock(Path(out_dir))
         keep_log(log_file, start)
     send = start_wandb()
 

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -272,7 +273,7 @@ def test_what_exists_is_no_glob(tmp_path):
         ((str(plain), str(brackets)), [plain, brackets]),
     ):
         assert prepare.find_files(pattern) == expected, pattern
-    with pytest.raises(ValueError, match="matches no file"):
+    with pytest.raises(ValueError, match="is a directory; name its files"):
         prepare.find_files(str(directory))
 
 
@@ -403,6 +404,7 @@ def test_refusals_are_one_line_and_leave_nothing(tmp_path, monkeypatch):
     here, no_text = str(tmp_path), "the input holds no text to train on: "
     for input, options, words in (
         ("/nowhere/*.jsonl", {}, "/nowhere/*.jsonl matches no file"),
+        (here, {}, f"input {here} is a directory; name its files: "),
         ((1, 2), {}, "input has 1 in it, which is no file or glob"),
         ((), {}, f"{no_text}0 files"),
         (f"{here}/empty.txt", {}, f"{no_text}1 files"),
@@ -532,6 +534,34 @@ def test_killed_before_the_last_rename_and_after_it(source, tmp_path, monkeypatc
         assert contents(out) == contents(tmp_path / "straight") and not Path(f"{out}.partial").exists()
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: os.truncate(file, 200)])
+def test_a_unit_whose_shard_is_damaged_is_made_anew(tmp_path, damage):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(TEXTS) + b"bad\n")
+    prepared(path, tmp_path / "straight")
+    with pytest.raises(ValueError, match="more than max_bad"):
+        prepared(path, tmp_path / "out", max_bad=0)
+    damage(tmp_path / "out.partial/shards/tokens_00000.npy")
+    prepared(path, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+def test_a_file_that_two_patterns_match_is_read_once(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+    twice = (f"{tmp_path}/*.jsonl", f"{tmp_path}/a.*")
+    assert prepared(twice, tmp_path / "out")["documents"]["tokens"] == len(TEXTS)
+
+
+def test_a_json_file_of_lines_is_read_side_by_side(tmp_path):
+    made = {}
+    for kind in ("json", "jsonl"):
+        (tmp_path / f"a.{kind}").write_bytes(lines(TEXTS))
+        prepared(tmp_path / f"a.{kind}", tmp_path / kind)
+        made[kind] = contents(tmp_path / kind)
+        del made[kind]["meta.json"]
+    assert len(made["json"]) > 20 and made["json"] == made["jsonl"]
+
+
 def test_two_writers_are_refused(source, tmp_path):
     (tmp_path / "out.partial").mkdir()
     holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print(flush=True); input()"
@@ -548,7 +578,8 @@ LLAMA3 = """{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif -%
 <|start_header_id|>{{ m['role'] }}<|end_header_id|>
 
 {{ m['content'] | trim }}<|eot_id|>
-{%- endfor %}"""
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
 QWEN = """{%- if messages[0].role != 'system' %}
     {{- '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}
 {%- endif %}
@@ -559,13 +590,20 @@ QWEN = """{%- if messages[0].role != 'system' %}
         {{- '<think>\\n' + thought.split('<think>')[-1].strip('\\n') + '\\n</think>\\n\\n' }}
     {%- endif %}
     {{- (answer.lstrip('\\n') if mark else answer) + '<|im_end|>\\n' }}
-{%- endfor %}"""
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
 SMOLLM2 = """{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system
 You are SmolLM.<|im_end|>
 {% endif %}<|im_start|>{{ m.role }}
 {% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}
 {{- m.content }}{% endif %}<|im_end|>
-{% endfor %}"""
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 FAMILIES = {
     "llama3": (LLAMA3, "<|begin_of_text|>", "<|eot_id|>"),
     "qwen": (QWEN, None, "<|im_end|>"),
@@ -589,8 +627,9 @@ def said(family, chat):
     turns = [content for role, content in chat if role == "assistant"]
     if template is LLAMA3:
         turns = [turn.strip() for turn in turns]
-    if template is QWEN:  # the thought of the last answer only; what opens it stands in the prompt
-        last = turns.pop().removeprefix("<think>\n")
+    if template is QWEN:  # the thought of the last answer only, which has one in any case
+        last = turns.pop()
+        last = last if last.startswith("<think>") else f"<think>\n\n</think>\n\n{last}"
         turns = [turn.split("</think>\n\n")[-1] for turn in turns] + [last]
     return "".join(turn + end for turn in turns)
 
@@ -649,14 +688,48 @@ def test_sft_trains_on_the_assistants_turns_and_nothing_else(family, real, tmp_p
     tokenizer = family_tokenizer(family, real, tmp_path / "tokenizer")
     rows = encoded(tmp_path / "tokenizer", rows_of(CHATS), sft=True)
     oracle = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    template = prepare.chat_template(tmp_path / "tokenizer")
     for i, (chat, (tokens, mask)) in enumerate(zip(CHATS, rows, strict=True)):
         rendered = oracle.apply_chat_template(messages_of(chat), tokenize=False)
         assert text_of(tokenizer, tokens) == rendered
         assert text_of(tokenizer, tokens[mask == 1]) == said(family, chat)
         if i < 3:  # no token of the whole text's reaches over the edge of a turn
             assert tokens.tolist() == tokenizer.encode(rendered, add_special_tokens=False).ids
-    packed = encoded(tmp_path / "tokenizer", rows_of(CHATS))
-    assert [ids.tolist() for ids, _ in packed] == [ids.tolist() for ids, _ in rows]
+            # What is trained on goes on behind the prompt that the template has for a reply.
+            prompt = sample.encode_chat(tokenizer, template, messages_of(chat[:-1]))
+            assert tokens[: len(prompt)].tolist() == prompt and mask[len(prompt)] == 1
+    # Without a mask it is the whole text's tokens.
+    for chat, (tokens, mask) in zip(CHATS, encoded(tmp_path / "tokenizer", rows_of(CHATS)), strict=True):
+        whole = oracle.apply_chat_template(messages_of(chat), return_dict=True)["input_ids"]
+        assert tokens.tolist() == whole and not len(mask)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_a_thought_is_trained_on_under_each_of_its_names(name, tmp_path):
+    """As transformers takes them; with a template that looks for the first."""
+    template = QWEN.replace("m.content.rp", "(m.reasoning_content ~ '</think>' ~ m.content).rp")
+    assert template != QWEN
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", "qwen", template)
+    chat = messages_of([("user", "a"), ("assistant", "b")])
+    chat[1][name] = "so"
+    ((tokens, mask),) = encoded(tmp_path / "tokenizer", [{"messages": chat}], sft=True)
+    assert text_of(tokenizer, tokens[mask == 1]) == "<think>\nso\n</think>\n\nb<|im_end|>"
+
+
+def test_a_row_can_have_options_of_its_template(tmp_path):
+    """As TRL and the hub's data sets name them; a block that the prompt has is not trained on."""
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", "qwen", QWEN.replace("You are Qwen.", "{{ who }}"))
+    chat = messages_of([("user", "a"), ("assistant", "b")])
+    options = {"enable_thinking": False, "who": "<|im_end|>"}
+    rows = [{"messages": chat, "chat_template_kwargs": options}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    oracle = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    for found in (rows, read(tmp_path / "a.parquet")):
+        for sft in (True, False):
+            ((tokens, mask),) = encoded(tmp_path / "tokenizer", found, sft=sft)
+            assert text_of(tokenizer, tokens) == oracle.apply_chat_template(chat, tokenize=False, **options)
+            assert sum(tokens == tokenizer.token_to_id("<|im_end|>")) == 3  # one of each turn
+            assert not sft or text_of(tokenizer, tokens[mask == 1]) == "b<|im_end|>"
 
 
 LLAMA2 = """{% for m in messages %}{% if m.role == 'user' %}{{ '<s>[INST] ' + m.content + ' [/INST]' }}\
@@ -768,8 +841,8 @@ def test_special_tokens_in_texts_and_turns_are_text(family, real, tmp_path):
         packed.append([ids for ids, _ in documents])
         documents = encoded(tmp_path / "tokenizer", rows[:2], special_tokens=special_tokens, sft=True)
         trained = [text_of(tokenizer, tokens[mask == 1]) for tokens, mask in documents]
-        # Qwen's template opens a thought, which a prompt would have: it is not trained on.
-        assert trained == [f"<|eot_id|>, too: <|im_end|>{end}", f"no{end}"]
+        thought = "<think>\n\n</think>\n\n" if family == "qwen" else ""
+        assert trained == [f"{thought}<|eot_id|>, too: <|im_end|>{end}", f"{thought}no{end}"]
     new, old = packed
     oracle = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     for i, chat in enumerate(MARKED):
@@ -831,6 +904,15 @@ def test_an_order_costs_no_memory(corpora):
         mixture.place(i * 10**9)
     assert tracemalloc.get_traced_memory()[0] < 10_000
     tracemalloc.stop()
+
+
+def test_a_budget_that_is_none_is_refused(corpora):
+    for budget in (0.5, 15, 0, -5, True, "1e6", math.nan, math.inf):
+        with pytest.raises(ValueError, match=rf"data has {budget!r} tokens of .*many; it must be None, or"):
+            Mixture({corpora / "many": budget}, "tokens", 16, seed=5)
+    with pytest.raises(ValueError, match=r"data is {}; it must name a shard directory"):
+        Mixture({}, "tokens", 16, seed=5)
+    assert Mixture({corpora / "many": 16}, "tokens", 16, seed=5).total == 1
 
 
 @pytest.mark.parametrize("budget", [None, 3000, 40_000])
@@ -1052,6 +1134,10 @@ def test_chats_that_cannot_be_read_or_masked_are_refused_with_the_reason(tmp_pat
         ({"messages": [user, {"role": "assistant", "content": None}]}, "chat: .*without text"),
         ({"messages": [{"role": "tool", "content": None}, assistant]}, "chat: .*without text"),
         ({"conversations": [{"from": "gpt"}]}, "chat: .*without text"),
+        ({"conversations": [{"from": "observation", "value": "7"}]}, "chat: a turn is from 'observation'"),
+        ({"messages": messages_of([("user", "a\ufdd0")])}, "chat: it has '.ufdd0' or '.ufdd1' in it"),
+        ({"messages": messages_of([("assistant", "\ufdd1")])}, "chat: it has '.ufdd0' or '.ufdd1' in it"),
+        ({"messages": plain, "chat_template_kwargs": ["x"]}, "chat: .*must be a mapping"),
         ({"conversations": [None]}, "chat: 'NoneType' object has no"),
         ({"conversations": "x"}, "chat: 'str' object has no"),
         ({"messages": []}, "not a chat"),

@@ -143,15 +143,18 @@ def test_a_made_directory_gives_the_ids_of_transformers(kind, tmp_path):
     agree(make(tmp_path / "tokenizer", **KINDS[kind]))
 
 
+@pytest.mark.parametrize("model_type", [None, "llama", "mistral"])
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("family", ["llama2", "mistral"])
-def test_a_made_tokenizer_of_llamas_class(family, legacy, tmp_path):
-    """transformers 5 makes its parts anew, whatever tokenizer.json has."""
+def test_a_made_tokenizer_of_llamas_class(family, legacy, model_type, tmp_path):
+    """transformers 5 makes its parts anew, whatever tokenizer.json has, but of a Mistral."""
     path = tmp_path / "tokenizer"
     sentencepiece_tokenizer(path, family)
     config = json.loads((path / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "bos_token": "<s>"}
     (path / "tokenizer_config.json").write_text(json.dumps(config | {"unk_token": "<unk>"}))
+    if model_type:
+        (path / "config.json").write_text(json.dumps({"model_type": model_type}))
     oracle = AutoTokenizer.from_pretrained(path)
     texts = ["Hi you", " Hi", "  Hi", "Hi\n Hi"]
     expected = [[*oracle(text)["input_ids"], oracle.eos_token_id] for text in texts]
