@@ -72,7 +72,7 @@ def alternatives(annotation) -> tuple:
 
 def names_of(allowed: tuple) -> str:
     """What is allowed, as a user would write it: "int", "str or None", "linear or cosine"."""
-    names = {types.NoneType: "None"}
+    names = {types.NoneType: "None", bool: "True or False"}
     return " or ".join(one if isinstance(one, str) else names.get(one, one.__name__) for one in allowed)
 
 
@@ -212,8 +212,8 @@ def read_value(text: str, allowed):
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
-    # --run_name=7 is a string
-    if str in allowed and not fits(value, allowed):
+    # --run_name=7 is a string, and so is --prompt='"Hello"', quotes and all
+    if str in allowed and (isinstance(value, str) or not fits(value, allowed)):
         return text
     return value
 

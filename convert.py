@@ -28,6 +28,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -74,16 +75,17 @@ BIASES_OF_ALL = ("llama", "qwen3", "smollm3")  # families whose attention_bias i
 # What transformers takes for a field that a family's config.json leaves out, where it is not what it takes
 # for the others.
 DEFAULTS = {
-    "qwen3": {"head_dim": 128},
+    "mistral": {"max_position_embeddings": 131072},
+    "qwen2": {"max_position_embeddings": 32768},
+    "qwen3": {"max_position_embeddings": 32768, "head_dim": 128},
     "smollm3": {
-        "num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True, "no_rope_layer_interval": 4
+        "max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2e6,
+        "tie_word_embeddings": True, "no_rope_layer_interval": 4,
     },
 }  # fmt: skip
 # Fields of config.json that this code does not compute: the values that leave them without effect, and what a
 # user is told. An absent field has the first of them.
 ALLOWED = {
-    "num_local_experts": ((None, 0), "dense models only"),
-    "num_experts": ((None, 0), "dense models only"),
     "quantization_config": ((None,), "unquantised weights only"),
     "hidden_act": (("silu", "swish"), "silu"),
     "mlp_bias": ((None, False), "no bias in the FFN"),
@@ -110,9 +112,16 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
     hf = DEFAULTS.get(family, {}) | hf
     for field, (values, allowed) in ALLOWED.items():
         require(hf.get(field, values[0]) in values, field, hf.get(field), allowed)
-    for field in SIZES:
-        size = hf.get(field)
+
+    def require_size(field, size):
         require(isinstance(size, int) and size >= 1, field, size, "a positive integer")
+
+    def require_number(field, value):
+        is_positive = isinstance(value, int | float) and 0 < value < math.inf
+        require(is_positive, field, value, "a positive number")
+
+    for field in SIZES:
+        require_size(field, hf.get(field))
     layers = hf["num_hidden_layers"]
     require(layers <= MOST_LAYERS, "num_hidden_layers", layers, f"at most {MOST_LAYERS}")
 
@@ -124,20 +133,24 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
     if is_mistral:
         require("sliding_window" in hf, "sliding_window", "not given, which means 4096", full)
     window = hf.get("sliding_window")
-    if window is not None and hf.get("use_sliding_window", is_mistral):
-        require(window >= hf.get("max_position_embeddings", 0), "sliding_window", window, full)
+    if window is not None and (is_mistral or hf.get("use_sliding_window")):
+        require(window >= hf.get("max_position_embeddings", math.inf), "sliding_window", window, full)
 
-    # transformers 5 writes rope_parameters, 4 rope_theta and rope_scaling.
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    # transformers 5 writes rope_parameters, 4 rope_theta and rope_scaling, which counts where both are there.
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    require(isinstance(rope, dict), "rope_scaling", rope, "an object")
+    rope = dict(rope)
     rope_theta = rope.pop("rope_theta", None) or hf.get("rope_theta", 10000.0)
     older_type = rope.pop("type", "default")
     rope_type = rope.pop("rope_type", None) or older_type
     rms_norm_eps = hf.get("rms_norm_eps", 1e-6)
-    for field, value in (("rms_norm_eps", rms_norm_eps), ("rope_theta", rope_theta)):
-        require(isinstance(value, int | float) and 0 < value < math.inf, field, value, "a positive number")
+    require_number("rms_norm_eps", rms_norm_eps)
+    require_number("rope_theta", rope_theta)
     require(rope_type in ROPE_FIELDS, "rope_scaling type", rope_type, " | ".join(ROPE_FIELDS))
     for field in ROPE_FIELDS[rope_type]:
-        require(field in rope, f"rope_scaling {field}", None, "a number there")
+        require_number(f"rope_scaling {field}", rope.get(field))
+        # transformers 5 would take this one.
+        require(hf.get(field, rope[field]) == rope[field], field, hf.get(field), "what rope_scaling has")
     for place in (hf, rope):
         rotated = place.get("partial_rotary_factor")
         require(rotated in (None, 1), "partial_rotary_factor", rotated, "1.0")
@@ -145,6 +158,10 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
     heads = hf["num_attention_heads"]
     key_value_heads = hf.get("num_key_value_heads") or heads
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
+    require_size("num_key_value_heads", key_value_heads)
+    require_size("head_dim", head_dim)
+    tied = hf.get("tie_word_embeddings", False)
+    require(tied in (True, False, None), "tie_word_embeddings", tied, "true | false")
     rotated_layers = [1] * layers
     if family == "smollm3":
         every = [int(i % hf["no_rope_layer_interval"] != 0) for i in range(1, layers + 1)]
@@ -155,7 +172,7 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
     biased = bool(hf.get("attention_bias", False))
     divisor = f"a divisor of num_attention_heads {heads}"
     require(heads % key_value_heads == 0, "num_key_value_heads", key_value_heads, divisor)
-    require(head_dim % 2 == 0 and head_dim >= 2, "head_dim", head_dim, "a positive even number")
+    require(head_dim % 2 == 0, "head_dim", head_dim, "an even number")
     return ModelConfig(
         model_type=family,
         **{field: hf[field] for field in SIZES},
@@ -164,7 +181,7 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
         rms_norm_eps=rms_norm_eps,
         rope_theta=float(rope_theta),
         rope_scaling=None if rope_type == "default" else {"rope_type": rope_type, **rope},
-        tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        tie_word_embeddings=bool(tied),
         qkv_bias=family == "qwen2" or (biased and not is_mistral),
         o_bias=family in BIASES_OF_ALL and biased,
         qk_norm=family == "qwen3",
@@ -475,15 +492,19 @@ def refuse_another_teacher(path: Path, teacher: Llama, name: str) -> None:
         raise ValueError(f"{path}: {name} is not the teacher it was trained with (the weights differ)")
 
 
-def load_clone(path: str | Path, dtype=torch.float32, teacher: str | None = None) -> Student:
+def load_clone(path: Path, teacher: str | None = None) -> Student:
     """A clone from its checkpoint; teacher: where its directory is now. Refuses another teacher."""
-    path = Path(path)
-    student = read_student_config(path)
     teacher, _ = clone_directories(path, teacher)
-    model = load_model(teacher, dtype)
+    model = load_model(teacher)
     refuse_another_teacher(path, model, teacher)
+    return clone_of(path, model)
+
+
+def clone_of(path: Path, teacher: Llama) -> Student:
+    """The clone of a checkpoint, on its teacher and on the CPU."""
+    student = read_student_config(path)
     with torch.device("meta"):
-        clone = Student(student_shape(model.config, student), model, student)
+        clone = Student(student_shape(teacher.config, student), teacher, student)
     expected = {name: tuple(tensor.shape) for name, tensor in clone.trained.state_dict().items()}
     tensors = read_tensors([path / "model.safetensors"], expected)
     clone.trained.load_state_dict(tensors, assign=True)
@@ -496,7 +517,7 @@ def is_clone(path: Path) -> bool:
 
 def load_checkpoint(path: Path, teacher: str | None = None) -> Llama | Student:
     """The model of a clone's checkpoint or of a Hugging Face directory."""
-    return load_clone(path, teacher=teacher) if is_clone(path) else load_model(path)
+    return load_clone(path, teacher) if is_clone(path) else load_model(path)
 
 
 def tokenizer_directory(path: Path, teacher: str | None = None) -> str:
@@ -545,11 +566,12 @@ def load_weights(path: Path, model: Student) -> None:
 
     # A clone's checkpoint, for a clone or for a student that goes on with weights of its own.
     if is_clone(path):
-        start = load_clone(path) if not model.composes else None
         refuse_another_clone(path, model)
-        if start and start.config != model.config:
-            raise ValueError(f"{path} is a student of another shape than these options say")
-        if start:
+        if not model.composes:
+            start = clone_of(path, model.teacher)
+            if start.config != model.config:
+                raise ValueError(f"{path} is a student of another shape than these options say")
+            start.trained.to(model.device)
             start_from_clone(model, start)
             return
         expected = {name: tuple(tensor.shape) for name, tensor in trained.items()}
@@ -609,6 +631,8 @@ def newest_whole(found: list[Path]) -> Path | None:
 def resolve(path: str | Path) -> Path:
     """A Hugging Face directory or a checkpoint as it is; of an out_dir, its newest whole one."""
     path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
     if (path / "config.json").is_file():
         return path
     newest = newest_whole(checkpoints(path))
@@ -727,8 +751,10 @@ def copy_licence(source: Path, target: Path) -> str:
     lines = []
     if (source / "README.md").is_file():
         card = (source / "README.md").read_text(encoding="utf-8", errors="replace")
-        front_matter = card.split("\n---")[0]
-        lines = [line for line in front_matter.splitlines() if line.startswith("license")]
+        front_matter = card.split("\n---")[0] if card.startswith("---") else ""
+        # A field and what belongs to it, which is indented or a list.
+        fields = re.findall(r"^license.*(?:\n[ -].*)*", front_matter, re.MULTILINE)
+        lines = "\n".join(fields).splitlines()
     for file in sorted(source.glob("LICENSE*")):
         shutil.copyfile(file, target / file.name)
         lines = lines or ["license: other", "license_name: see-file", f"license_link: {file.name}"]
@@ -755,9 +781,12 @@ def main() -> None:
     if arch == "llama":
         student = as_llama(student)
 
+    stored = getattr(torch, dtype)
+    for name, weight in student.named_parameters():
+        if weight.abs().max() > torch.finfo(stored).max:
+            raise ValueError(f"{name} has a value that {dtype} cannot hold: export it in another dtype")
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    stored = getattr(torch, dtype)
     save_model(student, partial, stored, tokenizer, max_shard_gb * 10**9)
 
     # Exact but for the rounding to `dtype`, which has a limit of its own.
@@ -785,9 +814,12 @@ def main() -> None:
         print(f"{out} has no tokenizer: {tokenizer} has no tokenizer.json")
     config = student.config
     if config.model_type == "qwen2" and config.hidden_size != config.num_attention_heads * config.head_dim:
+        advice = "for them export it with --arch=llama"
+        if config.hidden_size % config.num_attention_heads:
+            advice = f"nor is {config.hidden_size} a multiple of {config.num_attention_heads}, as of a Llama"
         print(
             f"{out}: vLLM and llama.cpp take a Qwen2's head_dim as hidden size / heads, which is not its "
-            f"{config.head_dim}; for them export it with --arch=llama"
+            f"{config.head_dim}; {advice}"
         )
 
 

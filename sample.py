@@ -11,7 +11,7 @@ from typing import Literal
 model = "out/quickstart"  # Hugging Face directory, checkpoint, or out_dir (its last checkpoint)
 teacher: str | None = None  # directory of a clone's teacher, where it is not where the checkpoint says
 tokenizer: str | None = None  # directory of the tokenizer; None: the model's own
-prompt = "def read("  # text to continue; "" starts from the tokenizer's BOS or EOS
+prompt = "def read("  # to continue; a special token's name in it is text; "": from the BOS or EOS
 num_samples = 1  # continuations of the prompt
 chat = False  # talk with the model in the terminal, by its own chat template
 system = ""  # the chat's system message; "": what the template has of its own
@@ -132,12 +132,11 @@ class Streamer:
         return new
 
 
-def ending_ids(eos: int | None, config: ModelConfig, directory: str) -> tuple[int, ...]:
-    """The ids that end a text: the tokenizer's, the model's and generation_config.json's EOS."""
-    file = Path(directory) / "generation_config.json"
-    generation = read_json(file) if file.is_file() else {}
-    named = (eos, config.eos_token_id, generation.get("eos_token_id"))
-    return tuple(set().union(*map(convert.eos_ids, named)))
+def ending_ids(eos: int | None, config: ModelConfig, directories: set[Path]) -> tuple[int, ...]:
+    """The ids that end a text: the tokenizer's EOS, the model's, and those of each generation_config.json."""
+    files = [directory / "generation_config.json" for directory in directories]
+    generation = [read_json(file).get("eos_token_id") for file in files if file.is_file()]
+    return tuple(set().union(*map(convert.eos_ids, (eos, config.eos_token_id, *generation))))
 
 
 def turn_end_ids(tokens, directory: str) -> tuple[int, ...]:
@@ -225,8 +224,12 @@ def main() -> None:
     render = prepare.chat_template(directory) if chat else None
     llama = convert.load_checkpoint(source, teacher)
     size = llama.config.vocab_size
-    if tokens.get_vocab_size() > size:
-        raise ValueError(f"{directory} has {tokens.get_vocab_size()} tokens; {model} has {size}")
+    largest = max(tokens.get_vocab().values())
+    if largest >= size:
+        raise ValueError(f"{directory} has token ids up to {largest}; {model} has {size}")
+    context = llama.config.max_position_embeddings
+    if chat and max_new_tokens >= context:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; a chat needs less than its context, {context}")
     if isinstance(llama, Student):
         llama = llama.merge()
     compute_dtype = dtype or ("bfloat16" if device_used.type == "cuda" else "float32")
@@ -234,7 +237,7 @@ def main() -> None:
     if compile:
         llama.run_block = torch.compile(llama.run_block, dynamic=True)
     bos, eos = prepare.special_ids(tokens, directory)
-    stop_ids = ending_ids(eos, llama.config, directory)
+    stop_ids = ending_ids(eos, llama.config, {source, Path(directory)})
     if chat:
         stop_ids += turn_end_ids(tokens, directory)
         sys.stdin.reconfigure(errors="replace")
@@ -243,6 +246,9 @@ def main() -> None:
     if not ids and eos is None:
         raise ValueError("the prompt is empty and the tokenizer has neither BOS nor EOS to start from")
     ids = ids or [eos]
+    if len(ids) + max_new_tokens > context:
+        asked = f"{len(ids)} tokens and {max_new_tokens} new ones"
+        print(f"{asked} are more than {model} was made for, {context}", file=sys.stderr)
     for i in range(num_samples):
         if num_samples > 1:
             print(f"--- {i + 1}")

@@ -58,7 +58,7 @@ def configure(tmp_path):
         ("--name=7", "7"), ("--name=x=y", "x=y"), ("--sizes=(1, 'b')", (1, "b")), ("--source=None", None),
         ("--source=models/x", "models/x"), ("--data={'a': 1e9, 'b': None}", {"a": 1e9, "b": None}),
         ("--data=shards", "shards"), ("--schedule=cosine", "cosine"), ("--dtype=bfloat16", "bfloat16"),
-        ("--dtype=None", None),
+        ("--dtype=None", None), ("--name='b'", "'b'"), ("--schedule='cosine'", "cosine"),
     ],
 )  # fmt: skip
 def test_command_line_values(configure, argument, expected, capsys):
@@ -139,7 +139,7 @@ def test_devices_are_those_that_are_here(gpus, given, refused, monkeypatch):
         (["--steps=True"], None, ["steps is True", "must be int"]),
         (["--steps=None"], None, ["steps is None", "must be int"]),
         (["--rate=fast"], None, ["rate is 'fast'", "must be float"]),
-        (["--flag=1"], None, ["flag is 1", "must be bool"]),
+        (["--flag=1"], None, ["flag is 1,", "must be True or False"]),
         (["--sizes=3"], None, ["sizes is 3", "must be tuple"]),
         (["--schedule=cos"], None, ["schedule is 'cos'", "linear or cosine"]),
         (["--dtype=float64"], None, ["dtype is 'float64'", "float32 or bfloat16 or None"]),

@@ -1,6 +1,7 @@
 """convert.py for every family: a clone's checkpoint -> what transformers 4.51+ and 5 load right."""
 
 import copy
+import dataclasses
 import json
 import logging
 import os
@@ -110,6 +111,16 @@ def test_transformers_loads_the_export(name, tmp_path, monkeypatch, caplog):
         assert (found - expected).abs().max() > 1e-3, field  # ten times the tolerance above
 
 
+def test_a_value_that_float16_cannot_hold_is_named_before_anything_is_written(tmp_path):
+    teacher = save_teacher(tmp_path / "teacher")
+    teacher.norm.data[3] = 1e5
+    convert.save_model(teacher, tmp_path / "teacher", torch.float32, None)
+    export = {"checkpoint": tmp_path / "teacher", "out": tmp_path / "x"}
+    refused("norm has a value that float16 cannot hold", convert, dtype="float16", **export)
+    assert not list(tmp_path.glob("x*"))
+    call(convert, dtype="bfloat16", **export)
+
+
 def test_arch_llama_is_advised_where_it_helps_and_refused_where_no_llama_computes_it(tmp_path, capsys):
     """Other engines have no head_dim for a Qwen2: the student's is not its hidden size / heads."""
     save_random_clone(tmp_path / "qwen2", tmp_path / "teacher2", model_type="qwen2")
@@ -122,6 +133,9 @@ def test_arch_llama_is_advised_where_it_helps_and_refused_where_no_llama_compute
 
     save_random_clone(tmp_path / "qwen3", tmp_path / "teacher3", model_type="qwen3")
     save_random_clone(tmp_path / "odd", tmp_path / "teacher4", 22, model_type="qwen2")
+    # Its heads do not divide its width: there is nothing to advise.
+    call(convert, checkpoint=tmp_path / "odd", out=tmp_path / "odd-native")
+    assert "not its 16; nor is 22 a multiple of 4, as of a Llama" in capsys.readouterr().out
     for source, words in (("qwen3", "no Llama computes what a layer of a qwen3 does"),
                           ("odd", "its hidden_size, 22, must be a multiple of its 4 heads")):  # fmt: skip
         export = {"checkpoint": tmp_path / source, "out": tmp_path / "x", "arch": "llama"}
@@ -249,7 +263,8 @@ def test_model_card(tmp_path):
     path = run / "step_00000020"
     clone = save_random_clone(path, teacher)
     (teacher / "README.md").write_text(
-        "---\nlanguage: en\nlicense: other\nlicense_name: qwen-research\n---\nlicense: not this\n"
+        "---\nlanguage: en\nlicense:\n- other\nlicense_name: qwen-research\ntags:\n- x\n"
+        "---\nlicense: not this\n"
     )
     (teacher / "LICENSE").write_text("the licence")
     (path / "trainer").mkdir()
@@ -266,7 +281,7 @@ def test_model_card(tmp_path):
     call(convert, checkpoint=run, out=out)
     front_matter, text = (out / "README.md").read_text().split("\n---\n")
     assert front_matter.splitlines() == [
-        "---", "library_name: transformers", "pipeline_tag: text-generation", "license: other",
+        "---", "library_name: transformers", "pipeline_tag: text-generation", "license:", "- other",
         "license_name: qwen-research",
     ]  # fmt: skip
     count = sum(weight.numel() for weight in clone.merge().parameters())
@@ -282,7 +297,7 @@ def test_model_card(tmp_path):
     assert (out / "LICENSE").read_text() == "the licence"
 
     # exported again, from a directory whose own card has no licence: by its LICENSE file
-    (out / "README.md").unlink()
+    (out / "README.md").write_text("license terms: ask me\n")
     call(convert, checkpoint=out, out=tmp_path / "again")
     card = (tmp_path / "again/README.md").read_text()
     assert "license: other\nlicense_name: see-file\nlicense_link: LICENSE\n---" in card
@@ -405,6 +420,12 @@ def test_moved_teacher_brings_its_tokenizer(tmp_path, capsys):
     call(convert, teacher=moved, **export)
     assert_has_the_files_of(tmp_path / "student", moved)
     call(sample, model=tmp_path / "clone", teacher=moved, max_new_tokens=4)
+    # Weights of its own start from what it composes with the teacher that is loaded.
+    clone = convert.load_clone(tmp_path / "clone", str(moved))
+    config = dataclasses.replace(clone.student_config, train="weights")
+    student = models.Student(clone.config, clone.teacher, config)
+    convert.load_weights(tmp_path / "clone", student)
+    assert torch.equal(student(random_ids()), clone(random_ids()))
     assert "def read(" in capsys.readouterr().out
 
     # a tokenizer of its own stays where it was recorded

@@ -146,6 +146,18 @@ def test_logits_equal_transformers(name, tmp_path):
     assert (back(ids).logits - expected).abs().max() < LOGIT_TOLERANCE
 
 
+def test_rope_scaling_counts_where_rope_parameters_are_there_too(tmp_path):
+    save(random_llama(), tmp_path)
+    file = tmp_path / "config.json"
+    both = {"rope_parameters": {"rope_type": "linear", "factor": 9.0, "rope_theta": 7.0}, "rope_theta": 300.0}
+    ids, _ = random_batch(2, 40)
+    for scaling in (None, {}, {"rope_type": "default"}, {"type": "linear", "factor": 2.0}, LLAMA3):
+        config = json.loads(file.read_text()) | both | {"rope_scaling": scaling}
+        file.write_text(json.dumps(config))
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
+        assert (convert.load_model(tmp_path)(ids) - theirs).abs().max() < LOGIT_TOLERANCE, scaling
+
+
 # ---- loading
 
 
@@ -176,15 +188,24 @@ def test_wrong_weights_are_named_and_a_truncated_file_refused(tmp_path):
     ("field", "changes"),
     [
         ("model_type", {"family": "gpt2"}),
-        ("num_local_experts", {"num_local_experts": 8}),
-        ("num_experts", {"family": "qwen3", "num_experts": 8}),
         ("sliding_window", {"family": "mistral", "sliding_window": 128}),
+        ("sliding_window", {"family": "mistral", "sliding_window": 128, "use_sliding_window": False}),
+        ("sliding_window", {"family": "mistral", "sliding_window": 128, "max_position_embeddings": None}),
         ("sliding_window", {"family": "qwen2", "sliding_window": 128, "use_sliding_window": True}),
         ("layer_types", {"family": "qwen2", "layer_types": ["sliding_attention"]}),
         ("hidden_act", {"hidden_act": "gelu"}),
         ("mlp_bias", {"mlp_bias": True}),
         ("rope_scaling type is 'yarn'", {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
         ("rope_scaling type is 'yarn'", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}),
+        ("rope_scaling is 'linear'", {"rope_scaling": "linear"}),
+        ("rope_scaling factor is 0", {"rope_scaling": {"rope_type": "linear", "factor": 0}}),
+        ("rope_scaling factor is '2'", {"rope_scaling": {"rope_type": "linear", "factor": "2"}}),
+        ("rope_scaling factor is None", {"rope_scaling": {"rope_type": "linear"}}),
+        ("original_max_pos", {"rope_scaling": LLAMA3, "original_max_position_embeddings": 128}),
+        ("num_key_value_heads is 2.0", {"num_key_value_heads": 2.0}),
+        ("num_key_value_heads is -2", {"num_key_value_heads": -2}),
+        ("head_dim is '32'", {"head_dim": "32"}),
+        ("tie_word_embeddings is 'false'", {"tie_word_embeddings": "false"}),
         ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
         ("quantization_config", {"quantization_config": {"quant_method": "awq"}}),
         ("hidden_size", {"hidden_size": 0}),

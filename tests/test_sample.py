@@ -80,11 +80,14 @@ def test_a_step_allocates_no_cache(monkeypatch):
 
 
 def test_ending_ids(tmp_path):
+    """The model's own generation_config.json counts, and that beside a tokenizer of another directory."""
     config = Mock(eos_token_id=[3, 4])
-    assert set(ending_ids(None, config, str(tmp_path))) == {3, 4}
-    for named, expected in (([4, 5], {2, 3, 4, 5}), (7, {2, 3, 4, 7})):
-        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
-        assert set(ending_ids(2, config, str(tmp_path))) == expected
+    directories = {tmp_path / "model", tmp_path / "tokenizer"}
+    assert set(ending_ids(None, config, directories)) == {3, 4}
+    for directory, named, expected in (("model", [4, 5], {2, 3, 4, 5}), ("tokenizer", 7, {2, 3, 4, 5, 7})):
+        (tmp_path / directory).mkdir()
+        (tmp_path / directory / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+        assert set(ending_ids(2, config, directories)) == expected
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +165,7 @@ def test_only_the_templates_marks_are_special(talker):
 
 def test_chat_through_pipes(talker):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    options = ("--chat=True", "--max_new_tokens=4000", "--temperature=1.0", "--seed=3", "--device=cpu")
+    options = ("--chat=True", "--max_new_tokens=1000", "--temperature=1.0", "--seed=3", "--device=cpu")
     command = [sys.executable, "sample.py", f"--model={talker}", *options]
     chat = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
     chat.stdin.write("hello\n")
@@ -194,12 +197,37 @@ def test_stdout_is_the_text_alone():
         ("max_new_tokens", 0, "max_new_tokens is 0; it must be at least 1"),
         ("num_samples", 0, "num_samples is 0; it must be at least 1"),
         ("system", "\udce9", r"system is not UTF-8: "),
+        ("model", "no/such/model", "no/such/model does not exist"),
         ("device", "gpu", "device is 'gpu', which torch .* lacks here"),
     ],
 )
 def test_refusals(name, value, words):
     """Before the model is looked for."""
-    refused(f"^{words}", sample, model="no/such/model", **{name: value})
+    refused(f"^{words}", sample, **{"model": "no/such/model", name: value})
+
+
+def test_a_context_that_is_too_short_is_said(talker):
+    refused("max_new_tokens is 1024; a chat needs less than its context, 1024", sample, model=talker,
+            chat=True, max_new_tokens=1024)  # fmt: skip
+    short = Path(shutil.copytree(talker, talker.with_name("short")))
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4}))
+    done = run("sample.py", f"--model={short}", "--prompt=def f(", "--max_new_tokens=2")
+    words = f"3 tokens and 2 new ones are more than {short} was made for, 4"
+    assert done.returncode == 0 and done.stderr.splitlines()[-1] == words
+
+
+def test_a_token_that_the_model_lacks_is_refused(tmp_path):
+    """By the largest id: here there are fewer tokens than ids."""
+    path = Path(shutil.copytree(BUNDLED, tmp_path / "holes"))
+    content = json.loads((path / "tokenizer.json").read_text())
+    bpe = content["model"]
+    bpe["vocab"] = {token: i for token, i in bpe["vocab"].items() if i < 3000}
+    bpe["merges"] = [pair for pair in bpe["merges"] if "".join(pair) in bpe["vocab"]]
+    bpe["vocab"]["<|far|>"] = 4096
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    assert prepare.load_tokenizer(path).get_vocab_size() == 3001
+    refused("has token ids up to 4096; .* has 4096", sample, model=BUNDLED, tokenizer=path)
 
 
 def test_a_chat_without_a_template_and_a_prompt_that_is_not_utf8_are_refused():
