@@ -993,8 +993,9 @@ def print_end(saved: Path | None, tokenizer_dir: str | None, values: dict) -> No
 # ---- the run
 
 
-def check_options() -> None:
-    """Refuses what can be refused before anything is loaded: ValueError, one line."""
+def check_options(reads_files: bool = True) -> None:
+    """Refuses what can be refused before anything is loaded: ValueError, one line. reads_files: a teacher and
+    data must be directories, not a shape and random tokens."""
 
     def refuse(names: str, is_right, allowed: str) -> None:
         for name in names.split():
@@ -1013,7 +1014,7 @@ def check_options() -> None:
     if dtype == "float16":
         raise ValueError("dtype is float16, which has too small a range to train in: use float32 or bfloat16")
     split_batch()
-    if isinstance(teacher, dict) or data is None:
+    if reads_files and (isinstance(teacher, dict) or data is None):
         raise ValueError(
             "a teacher's shape and random tokens are for tools/bench.py; here both are directories"
         )

@@ -1,17 +1,20 @@
 """The closed-form start: exact where an exact student exists, and numpy's solution of each least squares."""
 
+import inspect
 import json
+from pathlib import Path
 
 import compress
 import numpy as np
 import pytest
 import torch
-from compress import fit_clone, least_squares
-from conftest import SHAPE, clone_options, metrics, run
+from compress import fit_clone, least_squares, logit_metric
+from conftest import BUNDLED, SHAPE, clone_options, metrics, run
 from test_model import make_clone
 
 import convert
 import model as models
+from prepare import load_tokenizer
 
 FAMILIES = {
     "tied": {"model_type": "llama"},
@@ -91,6 +94,81 @@ def test_least_squares_is_numpys(ridge, monkeypatch):
     left = torch.cat([left, pull * torch.eye(7, dtype=torch.float64)])
     expected, *_ = np.linalg.lstsq(left, torch.cat([right, pull * start.double()]))
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_metric_is_the_kl_of_a_small_error():
+    """Of one error of all tokens: e^T M e / 2 is the mean KL, to second order."""
+    teacher = narrow_teacher(FAMILIES["tied"])
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(3, 40, 48, generator=generator)
+    metric = logit_metric(teacher, hidden)
+    head = models.head_of(teacher.weights()).double()
+    log_p = (hidden.double() @ head.T).log_softmax(-1)
+    for _ in range(3):
+        error = 1e-3 * torch.randn(48, generator=generator, dtype=torch.float64)
+        log_q = ((hidden + error) @ head.T).log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        assert error @ metric @ error / 2 == pytest.approx(kl.item(), rel=0.01)
+
+
+def test_the_tied_projection_and_the_final_norm_minimise_what_they_say(monkeypatch):
+    """By autograd: at the solution the gradient of either is nothing beside that at the start."""
+    monkeypatch.setattr(compress, "RIDGE", 0.0)
+    generator = torch.Generator().manual_seed(6)
+    teacher = narrow_teacher(FAMILIES["tied"])
+    ids = torch.randint(0, 300, (8, 64), generator=generator)
+    clone = started(teacher, ids, share=False, tied=True)
+    basis = clone.trained.embedding_projection.double() + 0.1 * torch.randn(48, D_S, generator=generator)
+    hidden_t = torch.randn(8, 64, 48, generator=generator)
+    x_s = torch.randn(8, 64, D_S, generator=generator)
+    metric = logit_metric(teacher, hidden_t)
+    s = models.rms_norm(x_s, torch.ones(D_S), clone.config.rms_norm_eps).flatten(0, 1).double()
+    t = hidden_t.flatten(0, 1).double()
+    tokens, every = teacher.embedding[ids.flatten()].double(), teacher.embedding.double()
+
+    def quadratic(x, metric):
+        return ((x @ metric) * x).sum()
+
+    def objective(projection, norm):
+        embedded = 0.0
+        for rows, share in ((tokens, 0.8), (every, 0.2)):
+            embedded = embedded + share * (rows @ (projection - basis)).square().sum() / rows.square().sum()
+        scale = 0.0
+        for rows, share in ((tokens, 0.8), (every, 0.2)):
+            scale = scale + share * (rows @ basis).square().sum() / rows.square().sum()
+        head = quadratic((s * norm) @ projection.T - t, metric) / quadratic(t, metric)
+        return embedded / scale + head
+
+    def gradient(of, projection, norm):
+        pair = projection.detach().requires_grad_(), norm.detach().requires_grad_()
+        return torch.autograd.grad(objective(*pair), pair)[of].norm().item()
+
+    # The norm as it comes out, for a projection; then the projection for a norm that stays.
+    start = torch.ones(D_S, dtype=torch.float64)
+    second, cross = compress.final_moments(hidden_t, x_s, clone.config.rms_norm_eps)
+    norm = compress.final_norm(basis, start, second, cross, metric)
+    assert gradient(1, basis, norm) < 1e-8 * gradient(1, basis, start)
+    monkeypatch.setattr(compress, "final_norm", lambda *_: norm)
+    with torch.no_grad():
+        compress.fit_tied_projection(clone, ids, basis, hidden_t, x_s, metric)
+    projection = clone.trained.embedding_projection.double()
+    assert gradient(0, projection, norm) < 1e-4 * gradient(0, basis, norm)  # it is stored in float32
+    assert torch.equal(clone.trained.norm, norm.float())
+
+
+def test_a_tied_start_is_nearer_with_its_own_projection(monkeypatch):
+    """On other text of the bundled teacher's kind."""
+    teacher = convert.load_model(BUNDLED).requires_grad_(False)
+    tokens = load_tokenizer(BUNDLED).encode(Path(inspect.__file__).read_text()).ids
+    ids, other = torch.tensor(tokens[: 16 * 128]).view(2, 8, 128)
+    found = []
+    for part in (compress.fit_tied_projection, lambda *_: None):
+        monkeypatch.setattr(compress, "fit_tied_projection", part)
+        clone = make_clone(teacher, 96, kl_temperature=1.0)
+        models.init_student(clone, 1, "pca", clone.calibrate(ids))
+        fit_clone(clone, ids)
+        found.append(clone.loss(other, other)["kl"].item())
+    assert found[0] < found[1]
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,10 @@ def test_what_muon_sends(measure, parallel):
         p.shape for name, p in train.build_model(torch.float32).named_parameters()
         if p.requires_grad and train.is_for_muon(name, p)
     )  # fmt: skip
+    # A ring of four sends 3/4 of a tensor: twice of the gradients, or of gathers for forward and backward and
+    # of shards of gradients; all float32 on a CPU.
+    trained = sum(p.numel() for p in train.build_model(torch.float32).parameters() if p.requires_grad)
+    assert sent["adamw"] == (2 if parallel == "ddp" else 3) * 3 / 4 * 4 * trained
     # The matrices of a shape are filled up to a multiple of the processes.
     padded = sum(2 * -(-count // 4) * 4 * shape.numel() for shape, count in shapes.items())
     expected = padded * 3 / 4 * (1 if parallel == "ddp" else 2 / 4)
@@ -132,6 +136,17 @@ def test_muon_keeps_one_moment_and_adds_arithmetic(measure, monkeypatch):
     monkeypatch.setattr(train, "WORLD_SIZE", 3)
     monkeypatch.setattr(train, "global_batch_size", 3)
     assert plan.count_flops()["Muon"] == rounds > 0
+
+
+def test_days_are_by_all_gpus(monkeypatch, capsys):
+    """20,736,000 steps of 10^15 FLOP and 1,000 tokens, on four GPUs that do 200 TFLOP/s each."""
+    for name, value in {"gpus": 4, "peak_tflops": 500.0, "mfu": (0.4,)}.items():
+        monkeypatch.setattr(plan, name, value)
+    monkeypatch.setattr(train, "max_steps", 20_736_000)
+    plan.print_days(1000, {"none": 1e15})
+    *_, row = capsys.readouterr().out.splitlines()
+    # 10^15 / (4 · 2·10^14) = 1.25 s a step: 800 tokens/s, 25,920,000 s
+    assert row.split() == ["40%", "none", "800", "300.0", "28,800"]
 
 
 def test_page_of_a_model_that_is_not_here():
@@ -171,11 +186,18 @@ def test_shapes_of_a_size(planned):
         assert count == int(size.replace(",", "")) and abs(count / 1.2e9 - 1) < 0.1
 
 
-def test_mistakes_are_told_in_one_line(planned):
+def test_mistakes_are_told_in_one_line(planned, monkeypatch):
     with pytest.raises(ValueError, match="target_params is -1; it is a number above 0"):
         planned(target_params=-1)
     with pytest.raises(ValueError, match="models/none is not a directory"):
         planned("--teacher=models/none")
+    with pytest.raises(ValueError, match="seq_len is 0; it must be at least 1"):
+        planned("--seq_len=0", target_params=None)
+    for name, value in (("mfu", (0.4, 0)), ("mfu", ("a",)), ("mfu", ()), ("peak_tflops", 0.0), ("gpus", 0)):
+        with monkeypatch.context() as patch:
+            patch.setattr(plan, name, value)
+            with pytest.raises(ValueError, match=rf"{name} is .*; it must be above 0"):
+                planned()
     done = run("tools/plan.py", "--gpu=7")
     assert done.returncode == 2 and 'unknown option "gpu"' in done.stderr
     assert len(done.stderr.splitlines()) == 1

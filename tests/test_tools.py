@@ -1,7 +1,10 @@
 """study.py's table and plot.py's figure, from metrics.jsonl files written by hand; evaluate.py's scores."""
 
 import json
+import shutil
+import statistics
 import threading
+from pathlib import Path
 
 import evaluate
 import plot
@@ -29,7 +32,10 @@ def write(directory, losses, clone=True):
         lines += [at | {"loss": 9 * loss, "lm": loss}, at | {"val_lm": loss}]
         if clone:
             lines[-1] |= {"val_kl": loss - 2, "val_teacher_lm": 2.0}
-            lines[-1] |= {"val_agreement": 1 / loss, "val_terms_by_layer": {"clone_q": [1.0, 0.5]}}
+            lines[-1] |= {
+                "val_agreement": 1 / loss,
+                "val_terms_by_layer": {"clone_q": [1.0, 0.5], "clone_v": [3.0, 1.5]},
+            }
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return study.read_lines(directory / "metrics.jsonl")
 
@@ -67,12 +73,16 @@ def test_study_runs_what_is_missing(results, tmp_path, monkeypatch, capsys):
     def call(directory, mode, command):
         calls.append(command[0])
         if command[0] == "train.py":
+            assert mode == "a" and command[-1] == "--resume=True"  # one that was stopped goes on
             both.wait(timeout=30)
             directory.rmdir()
             write(directory, (4.0, 3.0, 2.5, 2.2))
-            (directory / "step_00000004").mkdir()
+            options = study.options_of(study.variants[0])
+            (step_of(directory, 4) / "trainer/state.json").write_text(json.dumps({"options": options}))
         else:
-            (directory / "results.jsonl").write_text('{"agreement_length": 7.5}\n')
+            # scored by tasks before and behind
+            lines = ('{"results": {}}', '{"agreement_length": 7.5}', '{"results": {}}')
+            (directory / "results.jsonl").write_text("\n".join(lines) + "\n")
 
     monkeypatch.setattr(study, "call", call)
     monkeypatch.setattr(study, "seeds", (1, 2))
@@ -87,6 +97,13 @@ def test_study_runs_what_is_missing(results, tmp_path, monkeypatch, capsys):
         "python train.py config/study/base.py \"--clone_skip=('gate', 'up', 'mlp_out')\" --out_dir" in printed
     )
     assert "2 of 2 runs are done" in printed and "| 2.200 |" in printed and "| 7.5 |" in printed
+    # With other options it is another run; nothing is removed.
+    monkeypatch.setattr(study, "variants", (f"no_ffn {more} --learning_rate=1e-9",))
+    for directory in tmp_path.glob("no_ffn*"):
+        directory.rename(f"{directory.with_suffix('')}_learning_rate=1e-9_{directory.name[-1]}")
+    with pytest.raises(ValueError, match=r"was made with learning_rate = 0.003, not 1e-09; remove it"):
+        study.main()
+    assert len([*tmp_path.glob("no_ffn*/step_00000004")]) == 2
     file, _ = tmp_path.glob("no_ffn*/metrics.jsonl")
     file.write_text(file.read_text()[:-20])  # killed while it wrote its last line
     assert not study.finished_lines(file.parent, study.options_of(study.variants[0]))
@@ -94,8 +111,29 @@ def test_study_runs_what_is_missing(results, tmp_path, monkeypatch, capsys):
         study.arguments_of("both --seed=1")
 
 
+def test_a_row_that_fails_leaves_the_others_to_run(tmp_path, monkeypatch, capsys):
+    """By the real commands: it is told with its reason, behind the table."""
+    more = f"--out_dir={tmp_path} --device=cpu --seq_len=32 --max_steps=2 --global_batch_size=2"
+    more += " --micro_batch_size=2 --calibration_tokens=64 --eval_every=1 --eval_blocks=1"
+    variants = (f"ours --init_from=no/such {more}", f"ours --teacher=no/teacher {more}", f"ours {more}")
+    monkeypatch.setattr(study, "variants", variants)
+    monkeypatch.setattr(study, "seeds", (1,))
+    monkeypatch.chdir(study.ROOT)
+    with pytest.raises(ValueError) as failure:
+        study.main()
+    first, second = str(failure.value).splitlines()
+    assert "ended with exit code 2: error: init_from is no/such, which does not exist" in first
+    assert "no/teacher" in second
+    printed = capsys.readouterr().out
+    assert "1 of 3 runs are done" in printed and "| teacher | " in printed
+    assert len(study.read_lines(next(tmp_path.glob("*/results.jsonl")))) == 1
+    for options in ("--eval_every=0", "--max_steps=0", "--save_every=0"):
+        with pytest.raises(ValueError, match=r"a run of the study needs a number above it"):
+            study.options_of(f"ours {options}")
+
+
 def drawn(runs, out, monkeypatch):
-    """{title: its lines that have a point, without the teacher's} of the figure that plot.draw writes."""
+    """{title: its lines that have a point} of the figure that plot.draw writes; "teacher": the dashed."""
     pyplot = pytest.importorskip("matplotlib.pyplot")
     figures = []
     make = pyplot.subplot_mosaic
@@ -107,8 +145,10 @@ def drawn(runs, out, monkeypatch):
     figure, _ = figures[-1]
     panels = {}
     for axes in figure.axes:
-        lines = [line for line in axes.lines if len(line.get_xdata()) and line.get_linestyle() != "--"]
-        panels[axes.get_title().split(":")[0].split(",")[0]] = lines
+        lines = [line for line in axes.lines if len(line.get_xdata())]
+        dashed = [line for line in lines if line.get_linestyle() == "--"]
+        panels.setdefault("teacher", []).extend(dashed)
+        panels[axes.get_title().split(":")[0].split(",")[0]] = [line for line in lines if line not in dashed]
     return panels
 
 
@@ -120,14 +160,17 @@ def test_figure(results, tmp_path, monkeypatch):
     out = tmp_path / "curves.png"
     terms = "clone terms at the end"
     panels = drawn({name: runs[0] for name, runs in results.items()}, out, monkeypatch)
-    assert {name: len(lines) for name, lines in panels.items()} == {"loss": 6, KL: 2, terms: 2}
+    assert {name: len(lines) for name, lines in panels.items()} == {"loss": 6, KL: 2, terms: 2, "teacher": 2}
     training = [line for line in results["ours"][0] if "lm" in line]
     panels = drawn({"run": [*training, results["ours"][0][-1]]}, out, monkeypatch)
-    assert {name: len(lines) for name, lines in panels.items()} == {"loss": 2, KL: 1, terms: 1}
+    assert {name: len(lines) for name, lines in panels.items()} == {"loss": 2, KL: 1, terms: 1, "teacher": 1}
+    drawn_at = {name: list(panels[name][-1].get_ydata()) for name in (KL, terms, "teacher")}
+    assert drawn_at == {KL: [1.0], terms: [2.0, 1.0], "teacher": [2.0, 2.0]}
     assert [list(line.get_ydata()) for line in panels["loss"]] == [[4.9, 4.1, 3.5, 3.0], [3.0]]
     assert panels["loss"][1].get_marker() == "o"
-    assert list(drawn({"run": results["scratch"][0]}, out, monkeypatch)) == ["loss"]
-    assert list(drawn({"run": training}, out, monkeypatch)) == ["loss"]
+    for lines in (results["scratch"][0], training):
+        panels = drawn({"run": lines}, out, monkeypatch)
+        assert [name for name in panels if panels[name]] == ["loss"]
     with pytest.raises(ValueError, match="have logged no loss yet"):
         plot.draw({"run": []}, str(out))
     with pytest.raises(ValueError, match="is no run's out_dir"):
@@ -197,12 +240,16 @@ def test_evaluate_passes_over_what_is_done(clones, monkeypatch, capsys):
     lines = evaluate.read_lines(clones / "results.jsonl")
     assert [line["checkpoint"] for line in lines] == ["step_00000001", "step_00000003"]
     assert all(line["results"] == {"library": {"acc,none": 0.5}} for line in lines)
+    # a checkpoint of the same name by another run, or by other options, is scored anew
+    (clones / "step_00000003/trainer/state.json").write_text('{"options": {}}')
+    call(evaluate, tasks="library", **options)
+    assert measured.pop() == "step_00000003"
     # other tasks are other scores
     call(evaluate, tasks="library,piqa", **options)
     assert measured[3:] == ["step_00000001", "step_00000003"]
 
 
-def test_evaluate_measures_the_agreement_alone(clones, corpus, teacher, capsys):
+def test_evaluate_measures_the_agreement_alone(clones, corpus, teacher, tmp_path, capsys):
     """With no lm_eval, of clones and of a run that has none."""
     options = {"out_dir": clones, "tasks": "", "data": corpus, "agreement_blocks": 3}
     options |= {"prompt_tokens": 8, "new_tokens": 4}
@@ -211,6 +258,10 @@ def test_evaluate_measures_the_agreement_alone(clones, corpus, teacher, capsys):
     lines = evaluate.read_lines(clones / "results.jsonl")
     assert [line["step"] for line in lines] == [1, 3]
     assert all(0 <= line["agreement_length"] <= 4 for line in lines)
+    other = Path(shutil.copytree(corpus, tmp_path / "other"))
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"vocabulary_hash": "another"}))
+    refused("other is by .*, whose vocabulary is not", evaluate, **options | {"data": other})
     plain = step_of(clones, 4)
     convert.save_model(convert.load_model(teacher), plain, torch.float32, teacher)
     refused(f"^{plain} does not say what its teacher is: give --teacher=DIR", evaluate, **options)
@@ -246,6 +297,11 @@ TASK = {
         {"input": "return", "target_scores": {"x ** 2": 0.5, "self.value": 0.5, "None": 0}},
     ],
 }  # fmt: skip
+WORDS = ("def", "return the", "self.name = name", "x", "is not None", "raise ValueError", "0", "for i in")
+# By its score it is known which was taken: student and teacher, sum and mean, differ.
+TASK["examples"] += [
+    {"input": word, "target_scores": dict(zip(WORDS, range(8), strict=True))} for word in WORDS
+]
 
 
 def test_bigbench_is_scored_by_the_likelihoods_of_transformers(clones, teacher, tmp_path, monkeypatch):
@@ -258,12 +314,13 @@ def test_bigbench_is_scored_by_the_likelihoods_of_transformers(clones, teacher, 
     call(evaluate, out_dir=clones, tasks="sums", device="cpu")
     lines = evaluate.read_lines(clones / "results.jsonl")
     assert [line["step"] for line in lines] == [1, 3]
-    merged = convert.load_checkpoint(clones / "step_00000003").merge()
+    merged = convert.load_checkpoint(clones / "step_00000001").merge()
     convert.save_model(merged, tmp_path / "student", torch.float32, teacher)
+    seen = []
     for role, path in (("student", tmp_path / "student"), ("teacher", teacher)):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
         tokenizer = load_tokenizer(path)
-        right = [0.0, 0.0]
+        right = [[], []]
         for text, scores in questions:
             start = tokenizer.encode(text[:-1]).ids
             choices = [tokenizer.encode(" " + choice).ids for choice in scores]
@@ -273,14 +330,18 @@ def test_bigbench_is_scored_by_the_likelihoods_of_transformers(clones, teacher, 
                 expected.append(logits.log_softmax(-1)[range(len(choice)), choice].sum().item())
             ours = evaluate.log_likelihoods(convert.load_model(path), start, choices)
             assert ours == pytest.approx(expected, rel=1e-4)
-            # per byte of the choice and its space
-            means = [value / (1 + len(choice)) for value, choice in zip(expected, scores, strict=True)]
-            for i, likelihoods in enumerate((expected, means)):
-                right[i] += [*scores.values()][likelihoods.index(max(likelihoods))] / 3
-        result = lines[1]["results"]["sums"]
-        assert result["chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 3) / 3, abs=1e-4)
-        found = result[role]
-        assert [found["accuracy"], found["accuracy_per_byte"]] == pytest.approx(right, abs=1e-4)
+            # per byte of the choice, without its space
+            means = [value / len(choice) for value, choice in zip(expected, scores, strict=True)]
+            for likelihoods, values in zip((expected, means), right, strict=True):
+                values.append([*scores.values()][likelihoods.index(max(likelihoods))])
+        result = lines[0]["results"]["sums"]
+        assert result["chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 3 + 8 * 3.5) / 11, abs=1e-4)
+        for name, values in zip(("accuracy", "accuracy_per_byte"), right, strict=True):
+            found = result[role][name], result[role][f"{name}_stderr"]
+            wanted = statistics.mean(values), statistics.stdev(values) / 11**0.5
+            assert found == pytest.approx(wanted, abs=1e-4)
+            seen.append(found)
+    assert len(set(seen)) == 4
     assert lines[0]["results"]["sums"]["teacher"] == lines[1]["results"]["sums"]["teacher"]
 
 

@@ -236,7 +236,9 @@ def measure_step() -> None:
     vars(train).update(options, load_teacher=random_teacher)
     if train.data is not None:
         raise ValueError("data is given, but a benchmark runs on random tokens: --data=None")
-    train.split_batch()
+    train.check_options(reads_files=False)
+    if train.max_steps < 1:
+        raise ValueError("max_steps is 0; a benchmark needs at least 1")
     device = train.start_device()
     step = make_step(device)
     seconds = []

@@ -416,6 +416,8 @@ def main() -> int:
             text = text.replace("\n", "\n    ")
             print(f"{name:30} {result:8} {time.perf_counter() - start:5.0f} s  {text}", flush=True)
             torch.cuda.empty_cache()  # for the runs, which are processes of their own
+    if not counts:
+        raise ValueError(f"only is {only}; no line's name begins so")
     print("\n" + ", ".join(f"{counts[result]} {result}" for result in ("pass", "fail", "not run")))
     return int(counts["fail"] > 0)
 

@@ -12,8 +12,9 @@ line with the same options is passed over, so that the same command goes on wher
 what was saved since. For lm_eval a checkpoint is exported by convert.py for as long as that takes.
 
 BIG-bench's tasks need no harness. Of an example's choices the likeliest behind its text counts ("accuracy"),
-and the one that is likeliest per byte of it ("accuracy_per_byte": log-likelihood over length). Student and
-teacher are scored by the same function, in float32, beside chance. The choices are not listed in the text.
+and the one that is likeliest per byte of it ("accuracy_per_byte": log-likelihood over length, without the
+space before it). Student and teacher are scored by the same function, in float32, beside chance. The choices
+are not listed in the text.
 
 The agreement needs no task: the teacher continues held-out text by its likeliest tokens, and the student's
 likeliest tokens are counted up to the first that is another. 0 is none of them, `new_tokens` all.
@@ -24,7 +25,7 @@ tasks = "arc_easy,arc_challenge,logiqa,commonsense_qa,piqa,winogrande,boolq,sciq
 arguments: tuple = ()  # more arguments of lm_eval, as in '("--limit=100", "--num_fewshot=5")'
 bigbench: str | None = None  # directory of BIG-bench's tasks, of which `tasks` then are; None: of lm_eval
 examples = 500  # of each of BIG-bench's tasks, the first so many
-data: str | None = None  # shard directory whose held-out text is continued; None: without the agreement
+data: str | dict | None = None  # whose held-out text is continued, as train.py has it; None: no agreement
 agreement_blocks = 64  # pieces of held-out text
 prompt_tokens = 64  # of each, from its start
 new_tokens = 64  # to continue it by
@@ -32,12 +33,10 @@ teacher: str | None = None  # directory of a clone's teacher, where it is not wh
 device: str | None = None  # None: cuda where there is one, or cpu
 
 if __name__ == "__main__":
-    import os
     import sys
     from pathlib import Path
 
-    os.chdir(Path(__file__).resolve().parents[1])
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from configurator import configure
 
     configure(globals())
@@ -54,11 +53,12 @@ import torch
 from tqdm import tqdm
 
 import convert
-from configurator import choose_device, fail, read_json, read_lines
+from configurator import choose_device, fail, read_json, read_lines, sha256
 from model import Llama, Student
-from prepare import Mixture, encode_text, load_tokenizer, special_ids
+from prepare import Mixture, encode_text, load_tokenizer, special_ids, vocabulary_hash
 from sample import generate
 
+ROOT = Path(__file__).resolve().parents[1]
 # Scores that differ with these are not the same scores.
 SETTINGS = (
     "tasks", "arguments", "bigbench", "examples", "data", "agreement_blocks", "prompt_tokens", "new_tokens",
@@ -96,13 +96,17 @@ def load_pair(checkpoint: Path, device: torch.device) -> tuple[Llama, Llama | No
 
 def measure_agreement(checkpoint: Path, device: torch.device) -> float:
     """agreement_length of a student's checkpoint and its teacher, on the first held-out blocks of `data`."""
+    sources = {data: None} if isinstance(data, str) else dict.fromkeys(data)
+    heldout = Mixture(sources, "heldout", prompt_tokens, seed=0)
+    directory = convert.tokenizer_directory(checkpoint, teacher)
+    vocabulary = vocabulary_hash(load_tokenizer(directory))
+    for shards in heldout.sources:
+        if shards.meta["vocabulary_hash"] != vocabulary:
+            other = shards.meta["tokenizer"]
+            raise ValueError(f"{shards.path} is by {other}, whose vocabulary is not {directory}'s")
     student, reference = load_pair(checkpoint, device)
     if reference is None:
         raise ValueError(f"{checkpoint} does not say what its teacher is: give --teacher=DIR")
-    heldout = Mixture({data: None}, "heldout", prompt_tokens, seed=0)
-    size = heldout.sources[0].meta["vocab_size"]
-    if size > student.config.vocab_size:
-        raise ValueError(f"{data} has {size} token ids; the model has {student.config.vocab_size}")
     blocks = heldout.batch(0, min(agreement_blocks, heldout.total)).ids
     ids = torch.as_tensor(blocks).to(device)
     return agreement_length(student, reference, ids, new_tokens)
@@ -150,13 +154,15 @@ def score_model(llama: Llama, tokenizer_dir: str, questions: list[tuple[str, dic
         choices = [text[len(stem) :] + choice for choice in scores]
         ids = [encode_text(tokenizer, choice, goes_on=True) for choice in choices]
         sums = log_likelihoods(llama, bos + encode_text(tokenizer, stem), ids)
-        means = [value / max(1, len(choice.encode())) for value, choice in zip(sums, choices, strict=True)]
+        # Of the choice alone, without that white space: as lm-eval does.
+        means = [value / max(1, len(choice.encode())) for value, choice in zip(sums, scores, strict=True)]
         for name, likelihoods in zip(right, (sums, means), strict=True):
             right[name].append([*scores.values()][likelihoods.index(max(likelihoods))])
     result = {}
     for name, values in right.items():
         result[name] = round(float(np.mean(values)), 4)
-        result[f"{name}_stderr"] = round(float(np.std(values) / len(values) ** 0.5), 4)
+        if len(values) > 1:
+            result[f"{name}_stderr"] = round(float(np.std(values, ddof=1) / len(values) ** 0.5), 4)
     return result
 
 
@@ -186,7 +192,7 @@ def call(command: list[str]) -> None:
     """Runs a command, all its output on stderr."""
     code = subprocess.run(command, stdout=sys.stderr).returncode
     if code:
-        name = command[2] if command[1] == "-m" else command[1]
+        name = command[2] if command[1] == "-m" else Path(command[1]).name
         raise ValueError(f"{name} ended with exit code {code}; what it said is above")
 
 
@@ -195,7 +201,7 @@ def run_lm_eval(checkpoint: Path, device: torch.device) -> dict:
     with tempfile.TemporaryDirectory(prefix="export_", dir=out_dir) as directory:
         export = f"{directory}/model"
         results = f"{directory}/results"
-        command = [sys.executable, "convert.py", f"--checkpoint={checkpoint}", f"--out={export}"]
+        command = [sys.executable, str(ROOT / "convert.py"), f"--checkpoint={checkpoint}", f"--out={export}"]
         if teacher:
             command.append(f"--teacher={teacher}")
         dtype = "bfloat16" if device.type == "cuda" else "float32"
@@ -230,15 +236,19 @@ def main() -> None:
     file = Path(out_dir) / "results.jsonl"
     settings = {name: globals()[name] for name in SETTINGS}
     settings = json.loads(json.dumps(settings))  # as they are read: a tuple is a list
-    done = {line["checkpoint"]: line for line in read_lines(file) if line.get("settings") == settings}
+    lines = [line for line in read_lines(file) if line.get("settings") == settings]
+    done = {(line["checkpoint"], line.get("state")): line for line in lines}
     for checkpoint in (bar := tqdm(checkpoints, desc="checkpoints", unit="checkpoint")):
         bar.set_postfix_str(checkpoint.name)
         if convert.newest_whole([checkpoint]) is None:
             continue
-        if checkpoint.name in done:
+        # Another run, or the same with other options, can have written one of the same name.
+        state = sha256(checkpoint / "trainer/state.json")
+        if (checkpoint.name, state) in done:
             bar.write(f"{checkpoint.name} is in {file}")
             continue
-        line = {"checkpoint": checkpoint.name, "step": int(checkpoint.name[5:]), "settings": settings}
+        line = {"checkpoint": checkpoint.name, "step": int(checkpoint.name[5:]), "state": state}
+        line["settings"] = settings
         if data is not None:
             line["agreement_length"] = measure_agreement(checkpoint, device_used)
         if tasks and bigbench:
@@ -246,13 +256,13 @@ def main() -> None:
             line["results"] = run_bigbench(checkpoint, device_used, known)
         elif tasks:
             line["results"] = run_lm_eval(checkpoint, device_used)
-        done[checkpoint.name] = line
+        done[checkpoint.name, state] = line
         # Under another name first: a kill leaves the lines before.
         partial = file.with_name("results.partial")
         before = file.read_text() if file.is_file() else ""
         partial.write_text(before + json.dumps(line) + "\n")
         partial.replace(file)
-        bar.write(json.dumps({name: value for name, value in line.items() if name != "settings"}))
+        bar.write(json.dumps({name: line[name] for name in line if name not in ("settings", "state")}))
 
 
 if __name__ == "__main__":

@@ -72,6 +72,8 @@ def set_options(options: dict) -> None:
     # Any model as a student has its own shape; else weights do not matter here.
     is_any_model = options["teacher"] is not None and options["train"] == "weights"
     start = options["init_from"] if is_any_model else None
+    if start and not Path(start).exists():
+        start = None  # tools/compress.py has not made it yet: of the shape that the options say
     for name, value in (options | shapes | {"init_from": start, "eval_only": False}).items():
         setattr(train, name, value)
     train.load_teacher = random_teacher
@@ -209,6 +211,9 @@ def print_days(tokens: int, work: dict[str, float]) -> None:
 
 
 def main() -> None:
+    for name, values in (("peak_tflops", [peak_tflops]), ("memory_gib", [memory_gib]), ("mfu", mfu)):
+        if not values or not all(isinstance(value, int | float) and value > 0 for value in values):
+            raise ValueError(f"{name} is {globals()[name]}; it must be above 0")
     set_options(options)
     if target_params is not None:
         if target_params <= 0 or train.teacher is None:
@@ -218,9 +223,12 @@ def main() -> None:
         teacher = convert.from_hf(train.teacher, "teacher")
         tied = teacher.tie_word_embeddings and train.tie_head_projection
         return print_shapes(dataclasses.replace(teacher, tie_word_embeddings=tied))
-    if gpus < 1 or gpus % train.replicas:
-        raise ValueError(f"gpus is {gpus}; it must be above 0 and a multiple of replicas, {train.replicas}")
+    if gpus < 1:
+        raise ValueError(f"gpus is {gpus}; it must be above 0")
     train.WORLD_SIZE = gpus
+    if train.replicas > 1:
+        train.parallel = "fsdp"  # which alone has them; ddp is planned beside it
+    train.check_options(reads_files=False)
     gpu = train.device != "cpu"
     tokens = train.global_batch_size * train.seq_len
     size, passes = train.split_batch()

@@ -9,11 +9,15 @@ A variant is a name in config/study/variants.py, and may have options behind it:
 Its run is train.py with BASE and its options; the command is printed. It goes into VARIANT_SEED of BASE's
 out_dir, what it prints into VARIANT_SEED.log beside that. tools/evaluate.py then scores the last checkpoint
 by its agreement length: for how many tokens, of 64, the student greedily writes what its teacher would.
-A run that was begun and not finished, or is of other length than its options say, is removed and run again.
+A run that was begun and not finished goes on from its checkpoint, or begins anew. One that was made with
+other options is an error. What failed is told in the end: the other rows are made all the same.
 """
 
 base = "config/study/base.py"  # config file of all runs: data, tokens, evaluation, and their out_dir
-variants: tuple | None = None  # names in config/study/variants.py, each with options behind; None: all
+variants: tuple = (  # names in config/study/variants.py, each with options behind
+    "best", "no_ce", "temperature_40", "ours", "no_attention", "rate_1e_3", "no_ffn", "scale_none", "no_kl",
+    "no_clone", "init_random", "paper", "scratch",
+)  # fmt: skip
 seeds: tuple = (1, 2)  # of weights and data order; each a run
 run = True  # train what is missing; False: only the commands and the table
 at_once = 1  # runs beside each other: a small model leaves most of a GPU idle
@@ -34,14 +38,13 @@ import io
 import json
 import runpy
 import shlex
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
-from configurator import configure, fail, read_lines
+from configurator import configure, fail, read_json, read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = runpy.run_path(str(ROOT / "config/study/variants.py"))["VARIANTS"]
@@ -59,7 +62,23 @@ def arguments_of(variant: str) -> list[str]:
 def options_of(variant: str) -> dict:
     """train.py's options for a variant, checked as train.py checks them (exit 2 where they are wrong)."""
     with contextlib.redirect_stdout(io.StringIO()):
-        return configure({"__file__": str(ROOT / "train.py")}, arguments_of(variant))
+        options = configure({"__file__": str(ROOT / "train.py")}, arguments_of(variant))
+    # By these a run is known to be whole, and has what the table shows.
+    for name in ("max_steps", "eval_every", "save_every"):
+        if not options[name]:
+            raise ValueError(f"{variant!r} has {name} = 0; a run of the study needs a number above it")
+    return options
+
+
+def refuse_other_options(directory: Path, options: dict) -> None:
+    """ValueError where a run was made with other options than these."""
+    for file in directory.glob("step_*/trainer/state.json"):
+        saved = read_json(file)["options"]
+        # An option of another version of train.py is no difference.
+        for name in (options.keys() & saved.keys()) - {"out_dir", "seed", "resume"}:
+            if saved[name] != json.loads(json.dumps(options[name])):
+                was = f"{name} = {saved[name]!r}, not {options[name]!r}"
+                raise ValueError(f"{directory} was made with {was}; remove it, or give another --out_dir")
 
 
 def finished_lines(directory: Path, options: dict) -> list[dict]:
@@ -83,15 +102,21 @@ def call(directory: Path, mode: str, command: list[str]) -> None:
 
 def complete(directory: Path, command: list[str], options: dict) -> None:
     """Trains a run by the command, and scores it, as far as that has not been done."""
+    refuse_other_options(directory, options)
     if not finished_lines(directory, options):
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        call(directory, "w", command)
-    # Without a teacher, or a checkpoint, there is nothing to agree with.
-    is_scored = (directory / "results.jsonl").is_file()
-    if options["teacher"] and any(directory.glob("step_*")) and not is_scored:
+        directory.mkdir(parents=True, exist_ok=True)
+        call(directory, "a", command)
+    if not finished_lines(directory, options):
+        raise ValueError(f"{directory.name} was stopped; the same command goes on")
+    # Without a teacher there is nothing to agree with.
+    if options["teacher"] and not scores_of(directory):
         command = ["tools/evaluate.py", "--tasks=", f"--out_dir={directory}", f"--data={options['data']}"]
         call(directory, "a", [*command, f"--teacher={options['teacher']}"])
+
+
+def scores_of(directory: Path) -> list[dict]:
+    """The lines of results.jsonl that have an agreement length; others have tasks."""
+    return [line for line in read_lines(directory / "results.jsonl") if "agreement_length" in line]
 
 
 def mean_curve(runs: list[list[dict]]) -> list[tuple[int, float]]:
@@ -139,32 +164,52 @@ def table(results: dict[str, list[list[dict]]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def run_all(jobs: list[tuple]) -> list[str]:
+    """Completes runs, at_once of them beside each other; returns what went wrong, a line a run."""
+
+    def attempt(job: tuple) -> str | None:
+        try:
+            complete(*job)
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            return [failure for failure in pool.map(attempt, jobs) if failure]
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def main() -> None:
     if at_once < 1:
         raise ValueError(f"at_once is {at_once}; it must be at least 1")
     jobs = {}  # {(variant, seed): what `complete` takes}
-    for variant in VARIANTS if variants is None else variants:
+    for variant in variants:
         options = options_of(variant)
         for seed in seeds:
             name = "_".join([*variant.split(), str(seed)]).replace("_--", "_").replace("/", "-")
             directory = Path(options["out_dir"]) / name
-            command = ["train.py", *arguments_of(variant), f"--seed={seed}", f"--out_dir={directory}"]
+            own = [f"--seed={seed}", f"--out_dir={directory}", "--resume=True"]
+            command = ["train.py", *arguments_of(variant), *own]
             words = [json.dumps(word) if "'" in word else word for word in command]
             print("python", *words, flush=True)
             jobs[variant, seed] = directory, command, options
+    failures = []
     if run:
-        with ThreadPoolExecutor(at_once) as pool:
-            list(pool.map(lambda job: complete(*job), jobs.values()))
+        failures = run_all([*jobs.values()])
     results = {}
     for (variant, _), (directory, _, options) in jobs.items():
         runs = results.setdefault(variant, [])
         if lines := finished_lines(directory, options):
-            for score in read_lines(directory / "results.jsonl")[-1:]:
+            for score in scores_of(directory)[-1:]:
                 lines[-1]["agreement_length"] = score["agreement_length"]
             runs.append(lines)
     done = sum(map(len, results.values()))
     print(f"\n{done} of {len(jobs)} runs are done, {base}\n")
     print(table(results))
+    if failures:
+        raise ValueError("\n".join(failures))
 
 
 if __name__ == "__main__":
@@ -172,3 +217,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on") from None

@@ -52,9 +52,6 @@ VARIANTS = {
         },
     },
     "paper": _PAPER,
-    "paper_t1": {**_PAPER, "kl_temperature": 1.0, "kl_weight": 1.0},
-    # CE and KL alone train random projections: near to "from scratch + KL".
-    "no_clone_random": {"init": "random", "clone_weight": 0.0},
     "init_random": {"init": "random", "init_from": None},
     "init_pca": {"init": "pca", "init_from": None},
     "scale_none": {"clone_scale": "none"},
@@ -65,9 +62,6 @@ VARIANTS = {
     "no_ce": {"lm_weight": 0.0},
     "no_kl": {"kl_weight": 0.0},
     "rate_1e_3": {"learning_rate": 1e-3},
-    "rate_3e_4": {"learning_rate": 3e-4},  # low enough for SmolLM2-135M
-    "half_ffn": {"student_intermediate_size": 256},  # the neurons that add most
-    "half_layers": {"student_layers": 3},  # the first and the last among them
     # train.py's defaults, with nothing changed.
     "ours": {},
     # The student's own weights, started from what the projections compose.
