@@ -614,7 +614,16 @@ class Encoder:
             opened = self.special.split(render([*chat[:i], said, *chat[i + 1 :]]))
         except ValueError:  # a template can refuse what follows a turn without calls
             opened = self.special.split(render([*chat[:i], said]))
-        closed = self.special.split(render(chat[: i + 1]))
+        whole = render(chat[: i + 1])
+        if chat[i].get("tool_calls"):
+            try:
+                others = {name: value for name, value in chat[i].items() if name != "tool_calls"}
+                without = render([*chat[:i], others])
+            except ValueError:  # it may need one of the two
+                without = None
+            if without == whole:
+                raise ValueError("the template does not write tool calls")
+        closed = self.special.split(whole)
         first = next((k for k, text in enumerate(opened) if MARK in text), len(opened))
         last = len(closed) - 2
         is_prefix = opened[1:first:2] + closed[1::2] == full[1:first:2] + full[1 : last + 1 : 2]

@@ -1093,6 +1093,14 @@ def test_tool_calls_are_trained_on_and_what_tools_say_is_not(kind, tmp_path):
     assert [text_of(tokenizer, ids) for ids, _ in encoded(tmp_path / "tokenizer", rows)] == rendered
 
 
+def test_calls_that_a_template_leaves_out_are_refused(tmp_path):
+    """An empty turn would be trained on in their place."""
+    chat_tokenizer(tmp_path / "tokenizer", "smollm2")
+    empty = rows_with_calls()[1]
+    with pytest.raises(ValueError, match=r"^chat: the template does not write tool calls$"):
+        encoded(tmp_path / "tokenizer", [empty], sft=True)
+
+
 def test_tools_and_arguments_can_be_json_text(tmp_path):
     tokenizer = chat_tokenizer(tmp_path / "tokenizer", template=CALLS["behind the content"])
     rows = [row | {"tools": json.dumps(TOOLS)} for row in rows_with_calls()]
