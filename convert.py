@@ -778,6 +778,7 @@ def main() -> None:
     student = original.merge() if isinstance(original, Student) else original
     expected = student(ids)
     del original
+    family = student.config.model_type
     if arch == "llama":
         student = as_llama(student)
 
@@ -788,6 +789,11 @@ def main() -> None:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_model(student, partial, stored, tokenizer, max_shard_gb * 10**9)
+    file = partial / "tokenizer_config.json"
+    if arch == "llama" and family == "mistral" and file.is_file():
+        # transformers 5 makes a Llama's tokenizer anew, but a Mistral's is what its file says.
+        write_json(file, read_json(file) | {"tokenizer_class": "TokenizersBackend"})
+        make_tokenizer_portable(file)
 
     # Exact but for the rounding to `dtype`, which has a limit of its own.
     rounded = student.to(stored).to(torch.float32)(ids)

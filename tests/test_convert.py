@@ -17,10 +17,12 @@ from check import GOLDEN, golden
 from conftest import BUNDLED, run
 from safetensors.torch import load_file, save_file
 from test_model import LLAMA3, make_clone, randomise
+from test_prepare import sentencepiece_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convert
 import model as models
+import prepare
 import sample
 
 # eps, rope_theta and head_dim are far from any default, so that one that is lost shows in the logits.
@@ -109,6 +111,24 @@ def test_transformers_loads_the_export(name, tmp_path, monkeypatch, caplog):
             assert field == "head_dim", field  # weights of another shape
             continue
         assert (found - expected).abs().max() > 1e-3, field  # ten times the tolerance above
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 makes all of that class anew")
+@pytest.mark.parametrize("arch", ["native", "llama"])
+def test_a_mistrals_tokenizer_stays_what_it_is(arch, tmp_path):
+    """transformers 5 takes it as the file has it, and would make a Llama's of that class anew."""
+    path, out = tmp_path / "mistral", tmp_path / "out"
+    sentencepiece_tokenizer(path, "llama2")
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "unk_token": "<unk>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    options = {"model_type": "mistral", "vocab_size": 400, "sliding_window": None}
+    convert.save_model(save_teacher(tmp_path / "x", **options), path, torch.float32, None)
+    call(convert, checkpoint=path, out=out, arch=arch)
+    theirs, exported = (AutoTokenizer.from_pretrained(directory) for directory in (path, out))
+    for text in (" Hi", "  Hi you", "</s> Hi"):
+        expected = theirs(text).input_ids
+        assert exported(text).input_ids == prepare.load_tokenizer(out).encode(text).ids == expected
 
 
 def test_a_value_that_float16_cannot_hold_is_named_before_anything_is_written(tmp_path):

@@ -132,6 +132,17 @@ def test_commands_run(fresh):
     assert (fresh / "student/model.safetensors").is_file()
 
 
+def test_the_studys_commands_are_understood():
+    """Their rows exist and have options that train.py knows, also of what was not run."""
+    page = (ROOT / "config/study/README.md").read_text().replace("\\\n", "")
+    commands = re.findall(r"^    (python tools/study\.py.*?)(?:  +#.*)?$", page, re.MULTILINE)
+    commands = [command for command in commands if "'ROW'" not in command]
+    assert len(commands) > 5
+    for command in commands:
+        done = run(*shlex.split(command)[1:], "--run=False")
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
 @pytest.mark.parametrize("page", ["README.md", "config/study/README.md", "tools/README.md"])
 def test_lines_are_short_and_the_files_that_they_name_are_there(page):
     text = (ROOT / page).read_text(encoding="utf-8")
