@@ -134,7 +134,7 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
         require("sliding_window" in hf, "sliding_window", "not given, which means 4096", full)
     window = hf.get("sliding_window")
     if window is not None and (is_mistral or hf.get("use_sliding_window")):
-        require(window >= hf.get("max_position_embeddings", math.inf), "sliding_window", window, full)
+        require(window >= (hf.get("max_position_embeddings") or math.inf), "sliding_window", window, full)
 
     # transformers 5 writes rope_parameters, 4 rope_theta and rope_scaling, which counts where both are there.
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
@@ -186,7 +186,7 @@ def from_hf(hf: dict, source: str = "config.json") -> ModelConfig:
         o_bias=family in BIASES_OF_ALL and biased,
         qk_norm=family == "qwen3",
         no_rope_layers=tuple(rotated_layers[:layers]),
-        max_position_embeddings=hf.get("max_position_embeddings", 2048),
+        max_position_embeddings=hf.get("max_position_embeddings") or 2048,
         bos_token_id=hf.get("bos_token_id"),
         eos_token_id=hf.get("eos_token_id"),
         hf=hf,
@@ -599,15 +599,17 @@ def load_weights(path: Path, model: Student) -> None:
 
 
 def refuse_another_clone(path: Path, model: Student) -> None:
-    """ValueError where a clone's checkpoint is of another teacher or of other layers than the model."""
-    saved = read_student_config(path)
+    """ValueError where a clone's checkpoint is of another teacher, or another student of it."""
+    saved = dataclasses.asdict(read_student_config(path))
+    ours = dataclasses.asdict(model.student_config)
     refuse_another_teacher(path, model.teacher, "this run's")
-    layers = saved.student_layers or tuple(range(len(model.teacher.layers)))
-    if (layers, saved.student_rms_norm_eps) != (model.trained.layer_indices, model.config.rms_norm_eps):
-        raise ValueError(
-            f"{path} has the teacher's layers {layers} and a norm eps of {saved.student_rms_norm_eps}, not "
-            f"{model.trained.layer_indices} and {model.config.rms_norm_eps}"
-        )
+    whole = tuple(range(len(model.teacher.layers)))
+    for name in saved.keys() - {"train"}:
+        theirs, own = saved[name], ours[name]
+        if name == "student_layers":
+            theirs, own = theirs or whole, own or whole
+        if theirs != own:
+            raise ValueError(f"{path} has {name} = {theirs}; this run has {own}")
 
 
 def checkpoints(out_dir: str | Path) -> list[Path]:

@@ -1049,6 +1049,11 @@ class Mixture:
         tokens = (s.tokens_per_block * share for s, share in zip(self.sources, self.shares, strict=True))
         self.tokens_per_block = sum(tokens) / self.total
 
+    def fingerprint(self) -> str:
+        """A hash of the shards' checksums: another where a directory was prepared anew with other content."""
+        sums = [[shard["sha256"] for shard in source.shards] for source in self.sources]
+        return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
+
     def place(self, i: int) -> tuple[int, int]:
         """(index of its source, block in the source) of sample i."""
         epoch, k = divmod(i, self.total)

@@ -185,6 +185,14 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+def launch_id() -> str:
+    """What one call of torchrun says of itself, also where it starts its processes anew."""
+    # On one node the id can be a default that all calls have.
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(WORLD_SIZE)
+    agent = f" {os.uname().nodename} {os.getppid()}" if one_node else ""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "") + agent
+
+
 def over_ranks(values: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
     if WORLD_SIZE > 1:
         dist.all_reduce(values, operation)
@@ -273,8 +281,11 @@ def student_config(teacher_layers: int) -> models.StudentConfig:
     return student
 
 
-def build_model(compute_dtype: torch.dtype) -> models.Student:
-    """The student that the options describe, its weights not yet set: one of three kinds."""
+def build_model(compute_dtype: torch.dtype, checkpoint: Path | None = None) -> models.Student:
+    """The student that the options describe, its weights not yet set: one of three kinds.
+
+    checkpoint: the one that is resumed, by which its kind is known, or else by init_from.
+    """
     base = base_shape()
     # A plain language model, without a teacher.
     if teacher is None:
@@ -283,7 +294,7 @@ def build_model(compute_dtype: torch.dtype) -> models.Student:
     # A clone of the teacher, or what a run made of one: the teacher's layers, of another width.
     losses = loss_config()
     student = student_config(base.num_hidden_layers)
-    source = convert.resolve(init_from) if init_from else None
+    source = checkpoint or (convert.resolve(init_from) if init_from else None)
     if source is None or convert.is_clone(source) or (convert.has_projections(source) and not eval_only):
         shape = models.student_shape(base, student)
     elif not eval_only and train == "projections":
@@ -407,10 +418,6 @@ def open_data(vocab_size: int, tokenizer_dir: str | None) -> tuple[Mixture, Mixt
     return train_data, Mixture(dict.fromkeys(sources), "heldout", seq_len, 0, sft)
 
 
-def needs_calibration() -> bool:
-    return clone_scale == "teacher" or init != "random" or student_intermediate_size is not None
-
-
 def calibration_ids(train_data: Mixture, device: torch.device) -> torch.Tensor:
     """The first blocks [N, seq_len]: the same on any number of processes, and when resumed."""
     return models.to_device(train_data.batch(0, max(1, calibration_tokens // seq_len)).ids, device)
@@ -419,7 +426,9 @@ def calibration_ids(train_data: Mixture, device: torch.device) -> torch.Tensor:
 def start_weights(model, train_data: Mixture, checkpoint_path: Path | None, device: torch.device) -> None:
     """Calibrates a student with a teacher, and sets its weights: from a checkpoint, or by init and seed."""
     covariance = None
-    if model.teacher and needs_calibration():
+    scales = clone_scale == "teacher" and model.loss_config and model.loss_config.clone_weight
+    begins = checkpoint_path is None and (init != "random" or student_intermediate_size is not None)
+    if model.teacher and (scales or begins):
         ids = calibration_ids(train_data, device)
         covariance = model.calibrate(show(ids, desc="calibrating", unit="block"))
     if checkpoint_path is not None:
@@ -782,10 +791,12 @@ def report_evaluation(model, heldout: Mixture) -> None:
 def print_samples(path: Path, tokenizer_dir: str, prompt: str) -> None:
     """Continues the prompt by the model of a checkpoint, and by its teacher."""
     saved = convert.load_checkpoint(path)
-    merged = saved.merge() if isinstance(saved, models.Student) else saved
-    speakers = (
-        {"model": merged} if teacher is None else {"student": merged, "teacher": load_teacher(torch.float32)}
-    )
+    if isinstance(saved, models.Student):
+        speakers = {"student": saved.merge(), "teacher": saved.teacher}
+    elif teacher:
+        speakers = {"student": saved, "teacher": load_teacher(torch.float32)}
+    else:
+        speakers = {"model": saved}
     tokens = load_tokenizer(tokenizer_dir)
     bos, eos = special_ids(tokens, tokenizer_dir)
     ids = bos + encode_text(tokens, prompt)
@@ -828,7 +839,13 @@ def optimizer_state(trained, optimizer) -> dict[str, torch.Tensor]:
     return state
 
 
-def save_checkpoint(model, optimizer, step: int, tokenizer_dir: str | None) -> Path:
+def identity_of(model, train_data: Mixture) -> dict[str, str]:
+    """Hashes of what a path alone does not tell: a resumed run must have the same."""
+    identity = {"data": train_data.fingerprint()}
+    return identity | ({"teacher": convert.fingerprint(model.teacher)} if model.teacher else {})
+
+
+def save_checkpoint(model, optimizer, step: int, tokenizer_dir: str | None, run_of: dict) -> Path:
     """out_dir/step_00001000, renamed from another name when whole; OSError on every rank where one fails."""
     from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
 
@@ -844,7 +861,7 @@ def save_checkpoint(model, optimizer, step: int, tokenizer_dir: str | None) -> P
             (partial / "trainer").mkdir(parents=True)
             ends = turn_ends(tokenizer_dir)
             convert.save_weights(model, partial, tensors, tokenizer_dir, teacher, ends)
-            state = {"step": step, "optimizer_steps": taken, "options": options}
+            state = {"step": step, "optimizer_steps": taken, "options": options, **run_of}
             (partial / "trainer" / "state.json").write_text(json.dumps(state, indent=2))
     except (OSError, SafetensorError) as failure:
         error = failure
@@ -866,7 +883,7 @@ def save_checkpoint(model, optimizer, step: int, tokenizer_dir: str | None) -> P
         partial.rename(path)
         # One of a later step could not be read when the run was resumed.
         ours = [saved for saved in convert.checkpoints(out_dir) if saved.name <= path.name]
-        for old in ours[: -max(1, keep_last)]:
+        for old in ours[:-keep_last]:
             shutil.rmtree(old)
     barrier()  # no rank goes on, or ends, before the name is there
     return path
@@ -875,12 +892,13 @@ def save_checkpoint(model, optimizer, step: int, tokenizer_dir: str | None) -> P
 def read_state(path: Path) -> dict:
     """The checkpoint's {step, optimizer_steps, options}; ValueError where it belongs to another run."""
     state = convert.read_json(path / "trainer" / "state.json")
+    if not {"step", "optimizer_steps", "options"} <= state.keys():
+        raise ValueError(f"{path}/trainer/state.json is damaged: it lacks the step or the options")
     for name in TRAJECTORY:
-        # What a checkpoint of an older train.py does not say.
-        before = {"train": "projections", "optimizer": "adamw"}.get(name)
-        saved = state["options"].get(name, before)
+        saved = state["options"].get(name)
         now = json.loads(json.dumps(options[name]))
-        if saved != now:
+        # As text, since the order of the data sets decides which sample is which.
+        if json.dumps(saved) != json.dumps(now):
             raise ValueError(f"{path} has {name} = {saved!r}, not {now!r}; a resumed run must keep it")
     for name in SCHEDULE:
         now = json.loads(json.dumps(options[name]))
@@ -890,14 +908,23 @@ def read_state(path: Path) -> dict:
 
 
 def load_optimizer(path: Path, trained, optimizer, steps: int) -> None:
-    """Takes the optimizer's state from a checkpoint of any number of ranks, ddp or fsdp."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+    """Takes the optimizer's state from a checkpoint of any number of ranks, ddp or fsdp; ValueError where a
+    part of it is missing."""
+    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
 
     reader = HuggingFaceStorageReader(str(path / "trainer"))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        state = optimizer_state(trained, optimizer)
-        load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+    state = optimizer_state(trained, optimizer)
+    for tensor in state.values():
+        tensor.fill_(math.nan)  # which stays where a file is missing that had a part of the tensor
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+        is_whole = all(local_shard(tensor).isfinite().all() for tensor in state.values())
+    except (RuntimeError, ValueError, CheckpointException):
+        is_whole = False
+    if on_any_rank(not is_whole):
+        raise ValueError(f"{path}/trainer lacks a part of the optimizer's state, or has one of another shape")
     for values in optimizer.state.values():
         if "step" in values:
             values["step"].fill_(steps)
@@ -921,9 +948,7 @@ def start_wandb():
     try:
         import wandb as service
 
-        run = service.init(
-            project=wandb_project, name=run_name or out_dir, tags=tags, config=options, resume="allow"
-        )
+        run = service.init(project=wandb_project, name=run_name or out_dir, tags=tags, config=options)
     except Exception as error:  # not installed, no network, no key, …
         print(f"wandb is off: {error}")
         return lambda step, values: None
@@ -962,9 +987,9 @@ def print_derived(model, train_data: Mixture, steps: int, device: torch.device) 
     print0(f"{steps * tokens_per_step:,} tokens in all, {epochs_taken:.2g} epochs of the data")
     if model.teacher:
         print0(
-            "in the log: lm is the next-token loss, kl the divergence from the teacher, clone the sum of all "
-            "clone losses, teacher_lm the teacher's own lm"
+            "in the log: lm is the next-token loss, kl the divergence from the teacher, clone the sum of all"
         )
+        print0("clone losses, and teacher_lm, where kl_temperature is 1, the teacher's own lm")
 
 
 def print_end(saved: Path | None, tokenizer_dir: str | None, values: dict) -> None:
@@ -1004,7 +1029,7 @@ def check_options(reads_files: bool = True) -> None:
                 raise ValueError(f"{name} is {value}; it must be {allowed}")
 
     counts = "seq_len global_batch_size micro_batch_size log_every eval_blocks replicas calibration_tokens"
-    refuse(f"{counts} max_bad_steps", lambda value: value >= 1, "at least 1")
+    refuse(f"{counts} max_bad_steps keep_last", lambda value: value >= 1, "at least 1")
     weights = "max_steps save_every eval_every lm_weight kl_weight clone_weight weight_decay max_grad_norm"
     refuse(weights, lambda value: value >= 0, "at least 0")
     refuse("kl_temperature epochs learning_rate", lambda value: value > 0, "above 0")
@@ -1034,16 +1059,15 @@ def check_options(reads_files: bool = True) -> None:
 
 def main() -> None:
     check_options()
-    if init_from is not None and not Path(init_from).exists():
-        make = " ".join(["python tools/compress.py", *sys.argv[1:]])
-        raise ValueError(f"init_from is {init_from}, which does not exist; a start in closed form: {make}")
     device = start_device()
     if mask_documents and device.type == "cuda" and dtype_on(device) == torch.float32:
         raise ValueError("mask_documents on a GPU needs dtype bfloat16: its attention has no float32")
     if compile:
         need_compiler(device.type)
-    # by torchrun, after a rank died; only the node of that rank is told
+    # By torchrun, after a rank died; only the node of that rank is told. What it restarts must be its own.
     restarted = on_any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
+    launch = Path(out_dir) / "launch"
+    restarted = on_any_rank(restarted and launch.is_file() and launch.read_text() == launch_id())
     found = convert.checkpoints(out_dir)
     log_file = Path(out_dir) / "metrics.jsonl"
     if not (resume or restarted or eval_only) and (found or (log_file.exists() and save_every)):
@@ -1052,6 +1076,9 @@ def main() -> None:
     last = convert.newest_whole(found) if goes_on else None
     if goes_on and last is None:
         raise ValueError(f"no checkpoint of {out_dir} can be read: choose another --out_dir to begin anew")
+    if last is None and init_from is not None and not Path(init_from).exists():
+        make = " ".join(["python tools/compress.py", *sys.argv[1:]])
+        raise ValueError(f"init_from is {init_from}, which does not exist; a start in closed form: {make}")
     state = read_state(last) if last else {"step": 0, "optimizer_steps": 0}
     start = state["step"]
     if RANK == 0 and not eval_only and Path(out_dir).is_dir():
@@ -1059,8 +1086,18 @@ def main() -> None:
 
     # ---- model, data, optimizer
     tokenizer_dir = tokenizer_directory()
-    train_data, heldout = open_data(base_shape().vocab_size, tokenizer_dir)
-    model = build_model(dtype_on(device)).to(device)
+    base = base_shape()
+    if seq_len > base.max_position_embeddings:
+        made_for = f"{teacher or 'the model'} was made for, {base.max_position_embeddings}"
+        print0(f"seq_len is {seq_len}, more than {made_for}")
+    train_data, heldout = open_data(base.vocab_size, tokenizer_dir)
+    model = build_model(dtype_on(device), last).to(device)
+    run_of = identity_of(model, train_data)
+    for name in run_of.keys() & state.keys():
+        if state[name] != run_of[name]:
+            raise ValueError(
+                f"{last}: its {name} is another now, of the same name; a resumed run must keep it"
+            )
     source = last or (convert.resolve(init_from) if init_from else None)
     start_weights(model, train_data, source, device)
     if eval_only:
@@ -1081,13 +1118,14 @@ def main() -> None:
         # Made now, when nothing is left to be refused.
         os.makedirs(out_dir, exist_ok=True)
         lock(Path(out_dir))
+        launch.write_text(launch_id())
         keep_log(log_file, start)
     send = start_wandb()
 
     def log(step: int, values: dict) -> None:
         if RANK == 0:
             line = {"step": step, "tokens": step * tokens_per_step, **values}
-            line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+            line = tree_map(lambda v: None if isinstance(v, float) and not math.isfinite(v) else v, line)
             with open(log_file, "a") as file:
                 file.write(json.dumps(line) + "\n")
             send(step, line)
@@ -1112,6 +1150,7 @@ def main() -> None:
     logged = start
     since = time.perf_counter()
     bad_steps, bad_in_a_row, most_in_a_row = torch.zeros((3,), device=device)
+    bad_steps += start - state["optimizer_steps"]
     for step in range(start, steps):
         lr = learning_rate_at(step, steps)
         grad_norm = training_step(model, make_weights, optimizer, train_data, step, lr, metrics)
@@ -1121,7 +1160,7 @@ def main() -> None:
         most_in_a_row = torch.maximum(most_in_a_row, bad_in_a_row)
 
         done = step + 1
-        stopping = on_any_rank(bool(signals))
+        stopping = on_any_rank(bool(signals)) and done < steps
         last_step = done == steps or stopping
         bar.update()
         if done % log_every == 0 or last_step:
@@ -1142,14 +1181,14 @@ def main() -> None:
             metrics = Metrics()
             logged = done
             since = time.perf_counter()
+        paused = time.perf_counter()
         if eval_every and (done % eval_every == 0 or last_step) and not stopping:
             values = evaluate(model, heldout)
             log(done, values)
             print0(f"step {done}, held out: {summary(values)}")
-            since = time.perf_counter()
         if save_every and (done % save_every == 0 or last_step):
-            saved = save_checkpoint(model, optimizer, done, tokenizer_dir)
-            since = time.perf_counter()
+            saved = save_checkpoint(model, optimizer, done, tokenizer_dir, run_of)
+        since += time.perf_counter() - paused
         if stopping:
             break
     bar.close()
@@ -1159,7 +1198,7 @@ def main() -> None:
         print0(f"{int(bad_steps)} steps had a loss or gradient that was not finite, and were not taken")
     if start >= steps:
         print0(f"nothing to do: {last} is at step {start} of {steps}")
-    elif stopping and done < steps:
+    elif stopping:
         print0(f"stopped after step {done} of {steps}{'; go on with --resume=True' if saved else ''}")
     elif RANK == 0:
         print_end(saved, tokenizer_dir, values)

@@ -221,6 +221,29 @@ def test_torchrun_restarts_from_the_last_checkpoint(work, options, alone):
     assert_same_run(out, alone)
 
 
+def test_torchrun_does_not_go_on_in_a_run_of_another_call(tmp_path, options, alone):
+    """Its second try is told what the first was."""
+    out = Path(shutil.copytree(alone, tmp_path / "run"))
+    log = (out / "metrics.jsonl").read_text()
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1")
+    command = [sys.executable, *torchrun, "train.py", *options(out, "--max_steps=30")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode and done.stderr.count(f"error: {out} holds a run: go on with --resume=True") == 2
+    assert (out / "metrics.jsonl").read_text() == log
+
+
+def test_an_optimizers_state_that_lacks_a_part_is_refused(tmp_path, work, options):
+    """A shard of one process; then all of it. Not the weights alone make a checkpoint."""
+    out = tmp_path / "run"
+    fsdp = options(out, "--parallel=fsdp", "--save_every=1", "--max_steps=1")
+    train(2, *fsdp)
+    one, other = sorted((last(out) / "trainer").glob("*.safetensors"))
+    for file in (one, other):
+        file.unlink()
+        told = f"error: {last(out)}/trainer lacks a part of the optimizer's state"
+        assert told in train(1, *fsdp, "--resume=True", "--max_steps=2", code=2)
+
+
 def test_full_disk_keeps_the_older_checkpoint(work, options, alone):
     """A limit on a file's size stands for the disk: AdamW's state does not fit, the weights do."""
     out = half_way(alone, work / "full")

@@ -232,6 +232,7 @@ def test_what_would_spoil_a_run_is_refused(work, runs, teacher, corpus, monkeypa
         "holds a run: go on with --resume=True": again,
         "has seed = 1, not 7; a resumed run must keep it": (*again, "--resume=True", "--seed=7"),
         "has calibration_tokens = ": (*again, "--resume=True", "--calibration_tokens=64"),
+        "has data = ": (*again, "--resume=True", f"--data={{'{corpus}': None}}"),
         f"whose vocabulary is not {other}'s": (*new, f"--tokenizer={other}"),
         "other has another vocabulary than": (*new, "--train=weights", f"--init_from={other}"),
         "model.layers.1.mlp.up_proj.weight holds a value that is not finite": (*new, f"--teacher={broken}"),
@@ -259,7 +260,7 @@ class Run:
     def log(self, values, step):
         open({str(kept)!r}, "a").write(json.dumps([step, values]) + "\\n")
         raise RuntimeError("no network")
-def init(project, name, tags, config, resume):
+def init(project, name, tags, config):
     assert project == "low-rank-clone" and name == "trial" and tags == ("a",) and config["seed"] == 1
     return Run()
 """)
@@ -409,6 +410,7 @@ def test_evaluation_only(runs, exported, corpus, teacher):
         ("epochs", -1.0, "above 0"),
         ("clone_weight", -0.1, "at least 0"),
         ("calibration_tokens", 0, "at least 1"),
+        ("keep_last", 0, "at least 1"),
         ("max_bad_steps", 0, "at least 1"),
         ("dtype", "float16", "use float32 or bfloat16"),
         ("student_hidden_size", None, "--target_params"),
@@ -427,6 +429,34 @@ def test_ctrl_c_is_told_in_a_line(work):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1 and error == "stopped before the first step\n"
+
+
+def test_a_resumed_runs_data_and_teacher_are_what_they_were(work, runs, teacher, corpus):
+    """Not only their names; nor the order of several data sets."""
+    named = {name: work / f"of_{name}" for name in ("data", "teacher")}
+    shutil.copytree(corpus, named["data"])
+    shutil.copytree(teacher, named["teacher"])
+    out = work / "of_names"
+    options = clone_options(named["teacher"], named["data"], out, "--train=weights", "--max_steps=1")
+    succeed("train.py", *options, "--save_every=1")
+    resume = (*options, "--resume=True", "--max_steps=2")
+    meta = named["data"] / "meta.json"
+    weights = named["teacher"] / "model.safetensors"
+    for name, file in (("data", meta), ("teacher", weights)):
+        whole = file.read_bytes()
+        if name == "data":
+            other = json.loads(whole)
+            other["splits"]["tokens"][0]["sha256"]["tokens_00000.npy"] = "another"
+            file.write_text(json.dumps(other))
+        else:
+            tensors = load_file(file)
+            tensors["model.norm.weight"] *= 2
+            save_file(tensors, file, metadata={"format": "pt"})
+        done = run("train.py", *resume)
+        told = f"error: {out}/step_00000001: its {name} is another now, of the same name; a resumed run must"
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(told), done.stderr
+        file.write_bytes(whole)
+    succeed("train.py", *resume)
 
 
 def test_a_resumed_run_says_how_its_schedule_changes(work, runs, teacher, corpus):
@@ -474,7 +504,7 @@ def test_a_model_fine_tuned_on_chats_ends_its_turns(sft, ids, tmp_path, monkeypa
     for name, value in {"sft": sft, "teacher": None, "out_dir": tmp_path, "options": {}}.items():
         monkeypatch.setattr(train, name, value, raising=False)
     model = plain_student(random_llama(vocab_size=4098, eos_token_id=0))
-    saved = train.save_checkpoint(model, train.make_optimizer(model.trained), 1, str(tokens))
+    saved = train.save_checkpoint(model, train.make_optimizer(model.trained), 1, str(tokens), {})
     call(convert, checkpoint=saved, out=tmp_path / "exported")
     for path in (saved, tmp_path / "exported"):
         assert json.loads((path / "generation_config.json").read_text())["eos_token_id"] == ids

@@ -162,11 +162,16 @@ def test_a_clone_of_another_teacher_or_of_other_layers_is_refused(tmp_path):
     clone = student_of("fewer layers")
     save(clone.teacher, tmp_path / "teacher")
     convert.save_clone(clone, tmp_path / "clone", str(tmp_path / "teacher"), "tokenizer")
-    for options in ({"student_layers": (1, 2)}, {"student_layers": (0, 2), "student_rms_norm_eps": 1e-3}):
-        with pytest.raises(
-            ValueError, match=r"has the teacher's layers \(0, 2\) and a norm eps of 1e-05, not"
-        ):
-            convert.load_weights(tmp_path / "clone", make_clone(clone.teacher, 16, **options))
+    for name, own, words in (
+        ("student_layers", (1, 2), r"student_layers = \(0, 2\); this run has \(1, 2\)"),
+        ("student_layers", None, r"student_layers = \(0, 2\); this run has \(0, 1, 2\)"),
+        ("student_rms_norm_eps", 1e-3, "student_rms_norm_eps = 1e-05; this run has 0.001"),
+        ("share_qkv", True, "share_qkv = False; this run has True"),
+        ("d_s", 8, "student_hidden_size = 16; this run has 8"),
+    ):
+        given = {"student_layers": (0, 2), "d_s": 16} | {name: own}
+        with pytest.raises(ValueError, match=words):
+            convert.load_weights(tmp_path / "clone", make_clone(clone.teacher, given.pop("d_s"), **given))
     with torch.no_grad():
         clone.teacher.layers[0]["q"].mul_(2)
     with pytest.raises(ValueError, match="this run's is not the teacher it was trained with"):
