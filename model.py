@@ -951,7 +951,7 @@ class Student(nn.Module):
             j = layer_of.get(i)
             if j is not None:
                 student = (weights["layers"][j], self.config, contexts[j])
-            if self.compares(j):
+            if j is not None and losses and losses.clone_weight and j not in losses.clone_skip_layers:
                 neurons = self.trained.layers[j].neurons
                 compare = (projections["layers"][j], neurons, self.student_config, losses)
             x_t, x_s, errors, numbers = run(x_t, x_s, teacher, student, compare, self.recompute == "student")
@@ -981,13 +981,6 @@ class Student(nn.Module):
         result["clone"] = sum((values.sum() for values in result["terms"].values()), zero)
         result["loss"] = result["loss"] + losses.clone_weight * result["clone"]
         return result
-
-    def compares(self, layer: int | None) -> bool:
-        """Whether a layer of the student has clone losses."""
-        losses = self.loss_config
-        if layer is None or losses is None or not losses.clone_weight:
-            return False
-        return layer not in losses.clone_skip_layers
 
     def merge(self, dtype: torch.dtype = torch.float32) -> Llama:
         """The student as an ordinary Llama, its weights composed in float32, or in `dtype`."""
