@@ -177,8 +177,8 @@ def test_metrics(runs):
         assert line["tokens"] == line["step"] * 4 * 32
         assert line.keys() >= {"grad_norm", "learning_rate", "tokens_per_second", *terms}
         assert line["clone"] == pytest.approx(sum(line[name] for name in terms), rel=1e-5)
-        # the options' defaults: weights 0.1, 1 and 0.2; T = 1
-        assert line["loss"] == pytest.approx(0.1 * line["lm"] + line["kl"] + 0.2 * line["clone"], rel=1e-4)
+        # the options' defaults: weights 0.1, 1 and 0.05; T = 1
+        assert line["loss"] == pytest.approx(0.1 * line["lm"] + line["kl"] + 0.05 * line["clone"], rel=1e-4)
     for line in evaluations:
         assert line.keys() >= {f"val_{name}" for name in ("lm", "kl", "clone", "teacher_lm", *terms)}
     assert training[-1]["lm"] < training[0]["lm"]

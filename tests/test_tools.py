@@ -77,7 +77,6 @@ def test_study_runs_what_is_missing(results, tmp_path, monkeypatch, capsys):
             both.wait(timeout=30)
             directory.rmdir()
             write(directory, (4.0, 3.0, 2.5, 2.2))
-            options = study.options_of(study.variants[0])
             (step_of(directory, 4) / "trainer/state.json").write_text(json.dumps({"options": options}))
         else:
             # scored by tasks before and behind
@@ -89,6 +88,7 @@ def test_study_runs_what_is_missing(results, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "at_once", 2)
     more = f"--out_dir={tmp_path} --max_steps=4 --global_batch_size=1 --seq_len=250"
     monkeypatch.setattr(study, "variants", (f"no_ffn {more}",))
+    options = study.options_of(study.variants[0])
     for _ in range(2):
         study.main()
     assert sorted(calls) == ["tools/evaluate.py"] * 2 + ["train.py"] * 2
