@@ -100,7 +100,8 @@ def test_study_runs_what_is_missing(results, tmp_path, monkeypatch, capsys):
     # With other options it is another run; nothing is removed.
     monkeypatch.setattr(study, "variants", (f"no_ffn {more} --learning_rate=1e-9",))
     for directory in tmp_path.glob("no_ffn*"):
-        directory.rename(f"{directory.with_suffix('')}_learning_rate=1e-9_{directory.name[-1]}")
+        name, seed = directory.name.rsplit("_", 1)
+        directory.rename(directory.with_name(f"{name}_learning_rate=1e-9_{seed}"))
     with pytest.raises(ValueError, match=r"was made with learning_rate = 0.003, not 1e-09; remove it"):
         study.main()
     assert len([*tmp_path.glob("no_ffn*/step_00000004")]) == 2
