@@ -285,6 +285,7 @@ def fsdp_speed() -> str:
     return f"{1000 * plain:.0f} ms, {1000 * sharded:.0f} under fsdp: {text}"
 
 
+FSDP_BOUND = 1.6  # CPU time of a step by FSDP over that of a plain one: more does not hide behind kernels
 DEEP = {
     "model_type": "llama", "vocab_size": 256, "hidden_size": 128, "intermediate_size": 256,
     "num_hidden_layers": 28, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
@@ -321,11 +322,11 @@ def fsdp_cpu_time() -> str:
         times = [[cpu_time(parallel, number) for parallel in ("ddp", "fsdp")] for number in range(20)]
         plain, sharded = np.median(times, axis=0)
         what = f"{plain:.0f} ms of CPU time, {sharded:.0f} under fsdp, measured {attempts} x: ratio"
-        if sharded / plain <= 1.6:
+        if sharded / plain <= FSDP_BOUND:
             break
     torch.set_num_threads(threads)
     torch.distributed.destroy_process_group()
-    return within(what, sharded / plain, 1.6)
+    return within(what, sharded / plain, FSDP_BOUND)
 
 
 # ---- the table
