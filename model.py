@@ -1088,11 +1088,14 @@ def init_student(student: Student, seed: int, init: str, covariance: Tensor | No
 
 @torch.no_grad()
 def start_from_clone(student: Student, clone: Student) -> None:
-    """Sets a student's own weights to what a clone of its shape composes, its projections to the clone's."""
+    """Sets a student's own weights to what a clone of its shape composes, its projections and which neurons
+    it has to the clone's."""
     ours = dict(student.trained.named_parameters())
     theirs = dict(clone.merge().named_parameters()) | dict(clone.trained.named_parameters())
     for name, weight in ours.items():
         weight.copy_(theirs[name])
+    for layer, other in zip(student.trained.layers, clone.trained.layers, strict=True):
+        layer.neurons = other.neurons
 
 
 def rms(x: Tensor) -> Tensor:

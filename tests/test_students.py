@@ -145,11 +145,13 @@ def test_a_layer_left_out_leaves_the_teacher_without_it():
     assert relative(clone(ids), without(ids)) < TOLERANCE
 
 
-def test_free_weights_start_from_a_clone(tmp_path):
-    clone = student_of("untied")
+@pytest.mark.parametrize("kind", ["untied", "fewer neurons"])
+def test_free_weights_start_from_a_clone(kind, tmp_path):
+    """Which neurons they have is the clone's too, where nothing is calibrated."""
+    clone = student_of(kind)
     save(clone.teacher, tmp_path / "teacher")
     convert.save_clone(clone, tmp_path / "clone", str(tmp_path / "teacher"), "tokenizer")
-    free = make_clone(clone.teacher, 16, train="weights", tie_head_projection=False)
+    free = make_clone(clone.teacher, 16, **KINDS[kind], train="weights")
     convert.load_weights(tmp_path / "clone", free)
     ids, labels = random_batch(2, 10)
     assert relative(free(ids), clone(ids)) < TOLERANCE
